@@ -93,7 +93,8 @@ def seed_average(frames):
     for other in others:
         if not other[["image_id", "split", "y_true"]].equals(first[["image_id", "split", "y_true"]]):
             raise ValueError("The tables of the seeds list different images or labels: they cannot be averaged.")
-    return first.assign(y_score=evaluate.round_scores(np.mean([frame["y_score"] for frame in (first, *others)], axis=0)))
+    mean = np.mean([frame["y_score"] for frame in (first, *others)], axis=0)
+    return first.assign(y_score=evaluate.round_scores(mean))
 
 
 def compare_groups(frames_a, frames_b, *, threshold="sensitivity_95", purposes=("classify", "classify")):

@@ -118,7 +118,7 @@ def metrics(y_true, y_score, thresholds, *, probability=True):
 def patient_weights(y_true, patient_id, num_resamples, seed):
     """Return how often each image is drawn when whole patients are drawn: float `(<= num_resamples, n)`.
 
-    Resamples that hold one class only are dropped, not redrawn; it is an error when half of them are.
+    Resamples that hold one class only are dropped, not redrawn; it is an error when a tenth of them are.
     """
     truth = np.asarray(y_true).astype(bool)
     if np.shape(patient_id) != truth.shape:
@@ -129,7 +129,7 @@ def patient_weights(y_true, patient_id, num_resamples, seed):
     counts = np.bincount(drawn.ravel(), minlength=num_resamples * len(patients))
     weight = counts.reshape(num_resamples, -1)[:, codes].astype(float)
     weight = weight[(weight @ truth > 0) & (weight @ ~truth > 0)]
-    if len(weight) < num_resamples / 2:
+    if len(weight) < 0.9 * num_resamples:  # about three patients of each class
         raise ValueError(f"Only {len(weight)} of {num_resamples} resamples of patients hold both classes: "
                          "too few patients of one class for an interval.")
     return weight
