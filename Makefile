@@ -1,0 +1,111 @@
+# The verbs of the lab. `make help` lists them; every target that needs the environment makes it, once.
+#
+#   make reproduce [PROFILE=smoke|full] [DATA=phantom|kaggle|pneumoniamnist|PATH] [NUM_SEEDS=n] [NOTEBOOKS="02 10"]
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PROFILE ?= smoke
+DATA ?= phantom
+SEED ?= 0
+NOTEBOOKS ?=
+BASE_PYTHON ?= python3
+
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+export PYTHONHASHSEED ?= 0
+
+VENV := .venv
+READY := $(VENV)/.ready
+PYTHON := $(VENV)/bin/python
+CODE := $(wildcard cxr/*.py)
+
+# DATA=a/x:b/y is run in runs/<profile>-x+y; results are published under results/x+y.
+empty :=
+space := $(empty) $(empty)
+SLUG := $(subst $(space),+,$(notdir $(patsubst %/,%,$(subst :,$(space),$(DATA)))))
+RUN := runs/$(PROFILE)-$(SLUG)
+PUBLISHED := results/$(patsubst kaggle,chest_xray,$(SLUG))
+
+ALL := $(sort $(basename $(notdir $(wildcard notebooks/[0-9]*.ipynb))))
+CHOSEN := $(if $(NOTEBOOKS),$(foreach number,$(NOTEBOOKS),$(filter $(number)%,$(ALL))),$(ALL))
+EXECUTED := $(CHOSEN:%=$(RUN)/notebooks/%.ipynb)
+REPORT := $(RUN)/notebooks/10_comparison_report.ipynb
+OVERRIDES := $(foreach name,NUM_SEEDS IMAGE_SIZE EPOCHS,$(if $($(name)),-p $(name) $($(name))))
+PARAMETERS := -p PROFILE $(PROFILE) -p DATA $(DATA) -p SEED $(SEED) $(OVERRIDES)
+PAPERMILL := $(PYTHON) -m papermill --cwd notebooks --log-output --no-progress-bar --execution-timeout 86400
+
+.PHONY: help setup reproduce test lint report bench publish notebooks clean FORCE
+
+help:  ## list the verbs
+	@echo "A chest X-ray lab for research and teaching, not for diagnosis."
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## create .venv with everything (GPU=1: with CUDA)
+
+$(READY): requirements.txt requirements-dev.txt pyproject.toml
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Python 3.11 to 3.13 is needed and $$($(BASE_PYTHON) --version) was found; try make BASE_PYTHON=python3.12 …" >&2; exit 2; }
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet -r requirements-dev.txt $(if $(GPU),'tensorflow[and-cuda]')
+	$(PYTHON) -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+reproduce: $(EXECUTED)  ## run the notebooks end to end and write the report
+	@$(if $(CHOSEN),,echo "No notebook matches NOTEBOOKS=\"$(NOTEBOOKS)\"; there are $(ALL)" >&2; exit 2)
+	@echo "Done. Notebooks: $(RUN)/notebooks$(if $(filter %10_comparison_report.ipynb,$(EXECUTED)),   Report: $(RUN)/report.html)"
+
+# The one rule: run beside, then rename. A failed notebook stays as *.failed.ipynb and never counts as done.
+$(RUN)/notebooks/%.ipynb: notebooks/%.ipynb $(CODE) $(RUN)/.parameters | $(READY)
+	@mkdir -p $(@D)
+	@rm -f $(@:.ipynb=.failed.ipynb)
+	@echo "── $* ($(PROFILE), $(DATA))"
+	@$(PAPERMILL) $(PARAMETERS) $< $(@D)/.$*.running.ipynb || \
+	  { mv -f $(@D)/.$*.running.ipynb $(@:.ipynb=.failed.ipynb); echo "Failed: look at $(@:.ipynb=.failed.ipynb)" >&2; exit 1; }
+	@mv -f $(@D)/.$*.running.ipynb $@
+
+# The report reads what the other notebooks wrote.
+$(REPORT): $(filter-out $(REPORT),$(EXECUTED))
+
+# Other parameters are another run: this file changes only when they do.
+$(RUN)/.parameters: FORCE
+	@mkdir -p $(@D)
+	@echo '$(PARAMETERS)' | cmp -s - $@ || echo '$(PARAMETERS)' > $@
+
+test: $(READY)  ## unit tests, smoke run of all notebooks, nbval, tests on the smoke records
+	$(PYTHON) -m pytest -m "not smoke"
+	$(MAKE) reproduce PROFILE=smoke DATA=phantom SEED=0 NUM_SEEDS= IMAGE_SIZE= EPOCHS= NOTEBOOKS=
+	$(PYTHON) -m pytest -m smoke
+	$(PYTHON) -m pytest -p no:cacheprovider --nbval-lax --nbval-cell-timeout 900 notebooks
+
+lint: $(READY)  ## ruff over package, tests, benchmarks and notebooks
+	$(VENV)/bin/ruff check .
+
+publish: $(READY)  ## copy the records and figures of a full run into the repository: make publish PROFILE=full DATA=…
+	@test -d $(RUN)/results/records || { echo "$(RUN)/results/records is missing: make reproduce PROFILE=$(PROFILE) DATA=$(DATA) first" >&2; exit 2; }
+	@mkdir -p $(PUBLISHED)/records $(PUBLISHED)/predictions figures
+	cp -n $(RUN)/results/predictions/*.csv.gz $(PUBLISHED)/predictions/
+	cp -n $(RUN)/results/records/*.json $(PUBLISHED)/records/
+	cp $(RUN)/figures/*.png figures/
+	$(MAKE) report
+
+report: $(READY)  ## check every published number against its predictions and rewrite the README's tables
+	$(PYTHON) -m cxr report $(wildcard results/*) --readme README.md
+
+bench: $(READY)  ## run every benchmark: both sides in one go, ratios
+	for script in benchmarks/*.py; do $(PYTHON) $$script; done
+
+# Without parameters papermill adds no cell: the outputs committed are those of the defaults, smoke on the phantom.
+notebooks: $(READY)  ## refresh the committed outputs from the smoke run
+	$(MAKE) reproduce PROFILE=smoke DATA=phantom SEED=0 NUM_SEEDS= IMAGE_SIZE= EPOCHS= NOTEBOOKS=
+	for name in $(ALL); do \
+	  $(PAPERMILL) notebooks/$$name.ipynb runs/smoke-phantom/notebooks/.$$name.fresh.ipynb; \
+	  $(VENV)/bin/nbstripout --keep-output --keep-count --extra-keys "metadata.papermill cell.metadata.papermill" \
+	    runs/smoke-phantom/notebooks/.$$name.fresh.ipynb; \
+	  mv runs/smoke-phantom/notebooks/.$$name.fresh.ipynb notebooks/$$name.ipynb; \
+	done
+
+clean:  ## remove smoke runs and caches; full runs and the environment stay
+	rm -rf runs/smoke-* runs/cache .pytest_cache .ruff_cache .hypothesis

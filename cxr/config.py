@@ -1,0 +1,91 @@
+"""Profiles, and the one call that opens a notebook: `run = config.start(…)`."""
+
+import dataclasses
+import os
+import pathlib
+
+import numpy as np
+
+from cxr import data as sources
+from cxr import records, splits
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """How much of a recipe is run.
+
+    A notebook states each recipe as published or as designed; the profile only caps it. So one notebook serves a
+    one-minute smoke run and a full study, and the record says which values were in force.
+
+    Attributes:
+        name: `smoke` or `full`.
+        num_seeds: repetitions of each configuration.
+        strict: whether a record made by other code is made again.
+        max_image_size: largest image side in pixels, or `None`.
+        max_epochs: largest number of epochs, or `None`.
+        image_size, epochs: override of every recipe, or `None`.
+    """
+
+    name: str
+    num_seeds: int
+    strict: bool
+    max_image_size: int | None = None
+    max_epochs: int | None = None
+    image_size: int | None = None
+    epochs: int | None = None
+
+    def cap(self, name, value):
+        """Return the recipe's `value` of `name` (`image_size` or `epochs`) as this profile runs it."""
+        override, largest = getattr(self, name), getattr(self, f"max_{name}")
+        return override or (min(value, largest) if largest else value)
+
+
+PROFILES = {
+    "smoke": Profile("smoke", num_seeds=2, strict=True, max_image_size=64, max_epochs=6),
+    "full": Profile("full", num_seeds=5, strict=False),
+}
+
+
+def root():
+    """Return the repository's folder: `CXR_ROOT`, or the first folder at or above this one that holds `cxr/`."""
+    if "CXR_ROOT" in os.environ:
+        return pathlib.Path(os.environ["CXR_ROOT"])
+    here = pathlib.Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "cxr" / "config.py").is_file():
+            return folder
+    return pathlib.Path(__file__).parents[1]
+
+
+def run_directory(profile, source):
+    """Return `runs/<profile>-<data>` for a profile name and a data argument as `make reproduce` takes it."""
+    names = [pathlib.Path(part).name or part for part in str(source).rstrip("/").split(":")]
+    return root() / "runs" / f"{profile}-{'+'.join(names)}"
+
+
+def start(notebook, *, profile="smoke", data="phantom", seed=0, num_seeds=None, image_size=None, epochs=None):
+    """Seed NumPy and Keras, resolve and split the data, and return the `records.Run` of this notebook.
+
+    Args:
+        notebook: name without suffix; records and figures carry it.
+        profile: `smoke` or `full`.
+        data: `phantom`, `kaggle`, `pneumoniamnist`, a folder, or several joined with `:`.
+        seed: first seed.
+        num_seeds, image_size, epochs: overrides of the profile, `None` to keep it.
+
+    Raises:
+        ValueError: unknown profile, or data that cannot be used (the message says what to do).
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"PROFILE is {profile!r}; choose one of {', '.join(PROFILES)}.")
+    chosen = dataclasses.replace(PROFILES[profile], image_size=image_size, epochs=epochs)
+    np.random.seed(seed)
+    cache = root() / "runs" / "cache"
+    source = str(data)
+    if source not in sources.SOURCES:  # a path given from the repository root must also hold inside notebooks/
+        source = ":".join(part if part in sources.SOURCES or pathlib.Path(part).is_absolute() else str(root() / part)
+                          for part in source.split(":"))
+    manifest = splits.assign(sources.load_manifest(source, cache_dir=cache), seed=0)
+    count = num_seeds or chosen.num_seeds
+    return records.Run(notebook, chosen, run_directory(profile, data), cache, manifest,
+                       list(range(seed, seed + count)))

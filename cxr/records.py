@@ -1,0 +1,228 @@
+"""One run, one record: what was trained, on which data, and what came out, written once and atomically.
+
+A *run* is one training or scoring with one configuration and one seed. Its record (JSON) and its predictions (CSV)
+are the artefacts that every table and figure is made from; nothing else carries a number.
+"""
+
+import dataclasses
+import functools
+import gzip
+import hashlib
+import io
+import json
+import os
+import pathlib
+import platform
+import sys
+import tempfile
+
+import pandas as pd
+
+from cxr import __version__, evaluate
+
+SCHEMA = 1
+PREDICTION_COLUMNS = ["image_id", "patient_id", "split", "y_true", "y_score"]
+# The code that decides what a smoke record holds. Presentation (plots, report, command line) may change without effect.
+_PRESENTATION = {"plots.py", "report.py", "__main__.py", "audit.py"}
+
+
+def write_atomic(path, content):
+    """Write `content` (`bytes` or `str`) to `path` so that a reader sees all of it or none of it.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; an earlier file at `path` stays as it was.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def canonical_sha256(value):
+    """Return the SHA-256 of `value` (anything JSON can hold) as sorted, compact JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@functools.cache
+def code_sha256():
+    """Return one hash over the modules that decide what a record holds."""
+    files = sorted(path for path in pathlib.Path(__file__).parent.glob("*.py") if path.name not in _PRESENTATION)
+    return canonical_sha256([[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files])
+
+
+def environment():
+    """Return what produced a record: versions, backend, device, threads and the hash of the code."""
+    about = {"cxr": __version__, "code_sha256": code_sha256(), "python": platform.python_version(),
+             "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
+    if "keras" in sys.modules:  # a record without training must not pay for the import
+        import keras
+
+        devices = keras.distribution.list_devices()
+        about |= {"keras": keras.__version__, "backend": keras.backend.backend(),
+                  "device": devices[0].split(":")[0] if devices else "cpu"}
+    return about
+
+
+def fingerprint(manifest):
+    """Return the record's `data` block for a split manifest: source, hashes and counts."""
+    splits = manifest.groupby("split")
+    return {
+        "source": manifest.attrs["source"],
+        "synthetic": bool(manifest.attrs["synthetic"]),
+        "manifest_sha256": canonical_sha256(manifest[["image_id", "label", "sha256"]].values.tolist()),
+        "split_sha256": canonical_sha256(manifest[["image_id", "split"]].values.tolist()),
+        "num_images": {name: len(part) for name, part in splits},
+        "num_patients": {name: int(part["patient_id"].nunique()) for name, part in splits},
+        "unreadable": [bad["image_id"] for bad in manifest.attrs.get("unreadable", [])],
+    }
+
+
+def predictions_csv(predictions):
+    """Return the gzipped CSV of a predictions table; the bytes depend on the content alone."""
+    table = predictions[PREDICTION_COLUMNS].to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    buffer = io.BytesIO()
+    with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0) as file:
+        file.write(table.encode())
+    return buffer.getvalue()
+
+
+def read_predictions(path):
+    """Return the predictions table at `path` with the dtypes that it was written with."""
+    return pd.read_csv(path, dtype={"image_id": str, "patient_id": str, "split": str})
+
+
+def read_record(path, *, root):
+    """Return the record at `path` after checking its predictions against their hash.
+
+    Raises:
+        ValueError: the record is not valid JSON, or its predictions under `root` are missing or were changed.
+    """
+    path = pathlib.Path(path)
+    try:
+        record = json.loads(path.read_text())
+        predictions = pathlib.Path(root) / record["predictions"]["path"]
+        expected = record["predictions"]["sha256"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a record of this lab ({error!r}); move it away to have it made again.") from error
+    if not predictions.is_file() or hashlib.sha256(predictions.read_bytes()).hexdigest() != expected:
+        raise ValueError(f"{predictions} is missing or does not match the hash in {path}; "
+                         "move the record away to have both made again.")
+    return record
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One notebook at one profile on one data source: where its records, figures and models go.
+
+    Attributes:
+        notebook: name without suffix, such as `02_baseline_cnn`.
+        profile: the `config.Profile` in force, overrides applied.
+        directory: `runs/<profile>-<data>`.
+        cache: folder for decoded images and scan facts, shared by all runs.
+        manifest: the split manifest (`splits.assign`).
+        seeds: the seeds to repeat each configuration over.
+    """
+
+    notebook: str
+    profile: object
+    directory: pathlib.Path
+    cache: pathlib.Path
+    manifest: pd.DataFrame
+    seeds: list
+
+    @property
+    def results(self):
+        """Folder with `records/` and `predictions/`."""
+        return self.directory / "results"
+
+    @property
+    def synthetic(self):
+        """Whether the images are phantoms, which every caption then says."""
+        return bool(self.manifest.attrs["synthetic"])
+
+    def images(self, size, *, letterbox=False):
+        """Return the images as uint8 `(n, size, size)` in the manifest's order, decoded once and memory-mapped."""
+        from cxr import data
+
+        return data.load_images(self.manifest, size, letterbox=letterbox, cache_dir=self.cache)
+
+    def cap(self, **recipe):
+        """Return `recipe` (`image_size`, `epochs`) with the profile's caps and the caller's overrides applied."""
+        return {name: self.profile.cap(name, value) for name, value in recipe.items()}
+
+    def run_id(self, variant, config, seed, manifest=None):
+        """Return `<notebook>-<config8>-s<seed>`; the eight digits hash notebook, variant, data and configuration."""
+        data = fingerprint(self.manifest if manifest is None else manifest)
+        identity = {"notebook": self.notebook, "variant": variant, "config": config,
+                    "data": {key: data[key] for key in ("source", "manifest_sha256", "split_sha256")}}
+        return f"{self.notebook}-{canonical_sha256(identity)[:8]}-s{seed}"
+
+    def load(self, run_id):
+        """Return the finished record `run_id`, or `None` when it has yet to be made.
+
+        In the smoke profile a record made by other code is set aside and made again: smoke exists to test the code.
+        """
+        path = self.results / "records" / f"{run_id}.json"
+        if not path.exists():
+            return None
+        record = read_record(path, root=self.results)
+        if self.profile.strict and record["environment"]["code_sha256"] != code_sha256():
+            os.replace(path, path.with_suffix(".stale"))
+            return None
+        return record
+
+    def save(self, variant, config, seed, predictions, *, purpose="classify", manifest=None, **extra):
+        """Write the predictions and then the record of one run, and return the record.
+
+        Args:
+            variant: what a reader calls this configuration, such as `seed recipe`.
+            config: JSON-able dict that decides the result (hashed into the id).
+            seed: int.
+            predictions: DataFrame with `PREDICTION_COLUMNS`; every validation and test image.
+            purpose: `classify`, `anomaly`, `baseline` or `generate`.
+            manifest: the split manifest, where it is not the run's own.
+            **extra: further fields, such as `history` and `seconds`.
+        """
+        manifest = self.manifest if manifest is None else manifest
+        run_id = self.run_id(variant, config, seed, manifest)
+        compressed = predictions_csv(predictions)
+        path = f"predictions/{run_id}.csv.gz"
+        write_atomic(self.results / path, compressed)
+        # The numbers come from the file as it was written, so that anyone recomputes exactly the same ones.
+        numbers = evaluate.record_metrics(read_predictions(self.results / path), purpose=purpose)
+        record = {
+            "schema": SCHEMA, "run_id": run_id, "notebook": self.notebook, "variant": variant,
+            "profile": self.profile.name, "seed": seed, "purpose": purpose, "data": fingerprint(manifest),
+            "config": config, "environment": environment(), **numbers, "chosen_on": "val",
+            "predictions": {"path": path, "sha256": hashlib.sha256(compressed).hexdigest()}, "figures": [], **extra,
+        }
+        write_atomic(self.results / "records" / f"{run_id}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+        return record
+
+    def records(self):
+        """Return every finished record of this runs folder, by run id."""
+        paths = sorted((self.results / "records").glob("*.json"))
+        return [read_record(path, root=self.results) for path in paths]
+
+    def predictions(self, record):
+        """Return the predictions table of `record`."""
+        return read_predictions(self.results / record["predictions"]["path"])
+
+    def save_figure(self, figure, name, *, pixels=False):
+        """Write `figure` as `<notebook>__<name>.png` and return its path.
+
+        A figure that shows pixels of real X-rays goes to a folder that `make publish` never copies.
+        """
+        folder = self.directory / "figures" / ("private" if pixels and not self.synthetic else "")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+        path = folder / f"{self.notebook}__{name}.png"
+        write_atomic(path, buffer.getvalue())
+        return path
