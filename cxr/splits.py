@@ -9,9 +9,9 @@ import re
 
 import numpy as np
 
-_NAME = re.compile(r"person(?P<person>\d+)_(?P<cause>bacteria|virus|covid)|(?P<normal>(NORMAL2-)?IM-\d+)", re.IGNORECASE)
-_ETIOLOGY = {"bacteria": "bacterial", "virus": "viral", "covid": "covid"}
+_NAME = re.compile(r"person(\d+)_(bacteria|virus)|((?:NORMAL2-)?IM-\d+)|covid-(\d+)", re.IGNORECASE)
 _BY_LABEL = {"NORMAL": "normal", "COVID19": "covid"}
+_BY_NAME = {"bacteria": "bacterial", "virus": "viral"}
 
 
 def patient_key(image_id, label=""):
@@ -19,125 +19,115 @@ def patient_key(image_id, label=""):
 
     Args:
         image_id: relative posix path; only its last part is looked at.
-        label: class folder, used for the etiology where the name says nothing.
+        label: class folder, for the etiology of names that do not tell it.
 
     Returns:
-        `("bacterial/1000", "bacterial")` for `person1000_bacteria_2931.jpeg`, `("normal/NORMAL2-IM-0007", "normal")`;
-        a name that tells no patient makes every file its own: `("file/<image_id>", …)`.
+        `("bacterial/1000", "bacterial")` for `person1000_bacteria_2931.jpeg`, `("normal/NORMAL2-IM-0007", "normal")`.
+        Where the name tells no patient, each file is its own: `("file/<image_id>", …)`.
 
-    Source: file naming of Kermany et al. 2018; 1,211 + 2,443 patients in train, 225 + 203 in test.
+    Source: file names of Kermany et al. 2018.
     """
-    found = _NAME.match(image_id.rsplit("/", 1)[-1])
-    by_label = _BY_LABEL.get(label, "unknown")
-    if not found:
-        return f"file/{image_id}", by_label
-    if found["normal"]:
-        return f"normal/{found['normal'].upper()}", by_label
-    etiology = _ETIOLOGY[found["cause"].lower()]
-    return f"{etiology}/{found['person']}", etiology
+    etiology = _BY_LABEL.get(label, "unknown")
+    if not (found := _NAME.match(image_id.rpartition("/")[2])):
+        return f"file/{image_id}", etiology
+    number, cause, normal, covid = found.groups()
+    if number:
+        return f"{_BY_NAME[cause.lower()]}/{number}", _BY_NAME[cause.lower()]
+    return f"normal/{normal.upper()}" if normal else f"covid/{covid}", etiology
 
 
 def number_key(patient_id):
-    """Return the patient without the etiology (`bacterial/7` and `viral/7` → `person/7`): the stricter reading of a name."""
-    return re.sub(r"^(bacterial|viral|covid)/", "person/", patient_id)
+    """Return the patient without the etiology (`bacterial/7` → `person/7`), the stricter reading of a file name."""
+    return re.sub("^(bacterial|viral)/", "person/", patient_id)
 
 
 def assign(manifest, seed=0, val_fraction=0.12):
     """Return a copy of the manifest with `split` in `train|val|test|test_duplicate|dropped|pred`.
 
-    Official `val` is pooled with `train`. Images with two labels are dropped whole; later copies are dropped from train
-    (`dropped`) and set apart in test (`test_duplicate`); train images of a patient or picture that stands in test are
-    dropped. Validation is drawn by patient, stratified by etiology, with a generator of its own.
+    Official `val` is pooled with `train`. Pictures with two labels are dropped whole. Later copies are dropped from train,
+    and set apart in test; train images whose picture or patient stands in test are dropped. Validation is then drawn from
+    train by patient, stratified by label and etiology.
 
     Args:
-        manifest: as `data.load_manifest` returns it; sorted by `image_id`, the first of a group of copies stays.
-        seed: of the draw; nothing global is touched.
-        val_fraction: share of the remaining training images, in (0, 1).
+        manifest: as `data.load_manifest` returns it. The first of a group of copies, by `image_id`, stays.
+        seed: of the draw; the order of the rows does not matter and no global state is touched.
+        val_fraction: share of the images left in train, in (0, 1).
 
     Raises:
         ValueError: the fraction is outside (0, 1), or a class has fewer than two patients to share out.
     """
-    _check_fraction(val_fraction)
-    frame = _mark_test(manifest)
-    train = frame["split"].eq("train")
-    test = frame["split"].isin(["test", "test_duplicate"])
-    leaked = frame["patient_id"].isin(frame.loc[test, "patient_id"]) | frame["pixel_sha256"].isin(frame.loc[test, "pixel_sha256"])
-    first = ~frame[train].duplicated("pixel_sha256").reindex(frame.index, fill_value=True)
-    frame.loc[train & (leaked | ~first), "split"] = "dropped"
+    frame = _mark_test(manifest, val_fraction)
+    test, train = frame[frame["split"].isin(["test", "test_duplicate"])], frame["split"].eq("train")
+    in_test = frame["patient_id"].isin(test["patient_id"]) | frame["pixel_sha256"].isin(test["pixel_sha256"])
+    frame.loc[train & in_test, "split"] = "dropped"
+    pool = frame[frame["split"].eq("train")]
+    frame.loc[pool.index[pool.duplicated("pixel_sha256")], "split"] = "dropped"
     pool = frame[frame["split"].eq("train")]
     few = pool.groupby("label")["patient_id"].nunique()
     if len(few) and few.min() < 2:
-        raise ValueError(
-            f"{frame.attrs.get('source', 'the set')}: class {few.idxmin()} has {few.min()} patient to train on; "
-            "expected at least 2, one of them for validation. Add images of other patients."
-        )
+        raise ValueError(f"{frame.attrs.get('source', 'manifest')}: train has {few.min()} patient of class {few.idxmin()}. "
+                         "Expected at least 2, one of them for validation; add images of other patients.")
     frame.loc[pool.index[pool["patient_id"].isin(_draw_patients(pool, seed, val_fraction))], "split"] = "val"
     return frame
 
 
-def _check_fraction(val_fraction):
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}; expected a share between 0 and 1, for example 0.12.")
-
-
-def _mark_test(manifest):
+def _mark_test(manifest, val_fraction):
     """Pool official val with train, drop pictures with two labels, and set copies within test apart."""
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}; expected a share between 0 and 1, such as 0.12.")
     frame = manifest.sort_values("image_id", ignore_index=True)
     frame["split"] = frame["split"].replace("val", "train")
-    labelled = frame[frame["label"].ne("") & frame["split"].isin(["train", "test"])]
-    conflict = frame["pixel_sha256"].isin(conflicts(labelled))
-    frame.loc[conflict & frame.index.isin(labelled.index), "split"] = "dropped"
+    frame.loc[frame["pixel_sha256"].isin(conflicts(frame)) & frame["label"].ne(""), "split"] = "dropped"
     test = frame[frame["split"].eq("test")]
     frame.loc[test.index[test.duplicated("pixel_sha256")], "split"] = "test_duplicate"
     return frame
 
 
 def conflicts(manifest):
-    """Return the `pixel_sha256` of pictures that carry two labels, as a list."""
+    """Return the `pixel_sha256` of the pictures that carry two labels, as a list."""
     labels = manifest[manifest["label"].ne("")].groupby("pixel_sha256")["label"].nunique()
-    return list(labels.index[labels > 1])
+    return labels.index[labels > 1].tolist()
 
 
 def _draw_patients(pool, seed, val_fraction):
-    """Draw whole patients per etiology until the share is met; at least one, never all."""
+    """Draw whole patients in each stratum until the share is met: at least one, never all."""
     rng, chosen = np.random.default_rng(seed), []
-    stratum = pool.groupby("patient_id")[["label", "etiology"]].first().agg("/".join, axis=1)
-    size = pool.groupby("patient_id").size()
-    for _, patients in sorted(stratum.groupby(stratum).groups.items()):
-        order = rng.permutation(np.sort(np.asarray(patients, dtype=str)))
-        total = size.loc[order].cumsum().to_numpy()
-        count = int(np.argmin(np.abs(total - val_fraction * total[-1]))) + 1
-        chosen.extend(order[: min(count, len(order) - 1)])
+    patients = pool.groupby("patient_id").agg(label=("label", "first"), etiology=("etiology", "first"), n=("label", "size"))
+    stratum = patients["label"] + "/" + patients["etiology"]
+    lonely = stratum.groupby(stratum).transform("size") < 2  # an etiology with one patient draws with its label's others
+    for _, part in patients.groupby(stratum.mask(lonely, patients["label"])):
+        order = rng.permutation(len(part))
+        total = part["n"].to_numpy()[order].cumsum()
+        count = int(np.abs(total - val_fraction * total[-1]).argmin()) + 1
+        chosen += part.index[order[:min(count, len(part) - 1)]].tolist()
     return chosen
 
 
 def assign_image_level(manifest, seed=8, val_fraction=0.2):
-    """Return a copy split as the source studies did: images of train + val drawn at random, copies and all.
+    """Return a copy split as the source studies did: images of train and val drawn at random, copies and all.
 
-    It leaks on purpose, to show by how much. The test split is the one of `assign`.
+    It leaks on purpose, to show by how much. The test split is that of `assign`.
     """
-    _check_fraction(val_fraction)
-    frame = _mark_test(manifest)
-    pool = frame.index[frame["split"].eq("train")]
-    frame.loc[np.random.default_rng(seed).permutation(pool)[: round(val_fraction * len(pool))], "split"] = "val"
+    frame = _mark_test(manifest, val_fraction)
+    pool = np.random.default_rng(seed).permutation(frame.index[frame["split"].eq("train")])
+    frame.loc[pool[:round(val_fraction * len(pool))], "split"] = "val"
     return frame
 
 
 def leaks(manifest):
-    """Return what two splits share: patients under both keys (train and test), and val or test images beside train.
+    """Return what two splits share.
 
     Returns:
-        dict `{"by_etiology_and_number": int, "by_number": int, "val_beside_train": float, "test_beside_train": float}`;
-        the last two are shares in [0, 1] of images whose patient also has an image in train (NaN without such images).
+        dict: `by_etiology_and_number` and `by_number`, patients that stand in train and in test under either key;
+        `val_beside_train` and `test_beside_train`, shares in [0, 1] of images whose patient has an image in train too
+        (NaN for an empty split).
     """
-    ids = {split: set(part) for split, part in manifest.groupby("split")["patient_id"]}
-    train, test = ids.get("train", set()), ids.get("test", set()) | ids.get("test_duplicate", set())
-    share = {
-        f"{split}_beside_train": float(manifest.loc[manifest["split"].eq(split), "patient_id"].isin(train).mean())
-        for split in ("val", "test")
-    }
-    by_number = {number_key(p) for p in train} & {number_key(p) for p in test}
-    return {"by_etiology_and_number": len(train & test), "by_number": len(by_number), **share}
+    part = {split: manifest.loc[manifest["split"].str.startswith(split), "patient_id"] for split in ("train", "val", "test")}
+    train, test = set(part["train"]), set(part["test"])
+    return {"by_etiology_and_number": len(train & test),
+            "by_number": len(set(map(number_key, train)) & set(map(number_key, test))),
+            "val_beside_train": float(part["val"].isin(train).mean()),
+            "test_beside_train": float(part["test"].isin(train).mean())}
 
 
 def split_sha256(manifest):

@@ -1,0 +1,180 @@
+"""Where image sets come from: the data card in code, downloads, and the folder layouts that the five studies used."""
+
+import contextlib
+import hashlib
+import inspect
+import os
+import pathlib
+import zipfile
+
+import numpy as np
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".dcm", ".dicom"}
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "pred": "pred"}
+LABELS = {"normal": "NORMAL", "pneumonia": "PNEUMONIA", "covid19": "COVID19", "covid-19": "COVID19", "covid": "COVID19"}
+LAYOUT = "train|val|test/NORMAL|PNEUMONIA|COVID19/<images>, pred/<images>, or the class folders alone"
+JUNK = {"thumbs.db", "desktop.ini", "__macosx", "masks"}  # and whatever starts with a dot; masks are the phantom's
+
+_KERMANY = "Kermany et al. 2018, Cell 172(5), doi:10.1016/j.cell.2018.02.010"
+_TEST = {"NORMAL": 234, "PNEUMONIA": 390}
+SOURCES = {
+    "phantom": {"licence": "MIT", "citation": "drawn by cxr.phantom", "url": None, "counts": None},
+    "chest_xray": {
+        "licence": "CC BY 4.0", "citation": _KERMANY, "url": "https://data.mendeley.com/datasets/rscbjbr9sj/2",
+        "kaggle": "paultimothymooney/chest-xray-pneumonia",
+        "counts": {"train": {"NORMAL": 1341, "PNEUMONIA": 3875}, "val": {"NORMAL": 8, "PNEUMONIA": 8}, "test": _TEST}},
+    "covid19": {
+        "licence": "CC BY 4.0", "citation": "COVID-CXNet, Haghanifar et al. 2020, doi:10.6084/m9.figshare.12580328",
+        "url": "https://doi.org/10.6084/m9.figshare.12580328", "counts": {"train": {"COVID19": 865}}},
+    "pneumoniamnist": {
+        "licence": "CC BY 4.0", "citation": "MedMNIST v2, Yang et al. 2023, doi:10.1038/s41597-022-01721-8",
+        "url": "https://zenodo.org/records/10519652/files/pneumoniamnist.npz", "md5": "28209eda62fecd6e6a2d98b1501bb15f",
+        "counts": {"train": {"NORMAL": 1214, "PNEUMONIA": 3494}, "val": {"NORMAL": 135, "PNEUMONIA": 389},
+                   "test": _TEST}},
+}  # fmt: skip
+SOURCES["kaggle"] = SOURCES["chest_xray"]
+
+
+def root():
+    """Return the repository's folder: `CXR_ROOT`, or the first folder at or above this one that holds `cxr/`."""
+    if "CXR_ROOT" in os.environ:
+        return pathlib.Path(os.environ["CXR_ROOT"])
+    here = pathlib.Path.cwd()
+    found = (folder for folder in (here, *here.parents) if (folder / "cxr" / "sources.py").is_file())
+    return next(found, pathlib.Path(__file__).resolve().parents[1])
+
+
+def find(source):
+    """Return `(files, about)` of one source word or path.
+
+    Returns:
+        files: list of `(image_id, path, split, label)`; the path of an image in an archive is `<npz>::<array>/<index>`.
+        about: dict with `source` (its name), `root`, `synthetic`, `ignored` (images outside the layout, by folder),
+            `strict` (whether published counts must hold) and, for archives, `md5` and `official`.
+
+    Raises:
+        FileNotFoundError: no such path, no network, or no images in a known layout.
+        ValueError: an archive that is not a MedMNIST one.
+        ImportError: `kaggle` without kagglehub.
+    """
+    if source == "pneumoniamnist" or source.endswith(".npz"):
+        return _archive(_mnist() if source == "pneumoniamnist" else _existing(source))
+    folder = {"phantom": _phantom, "kaggle": _kaggle}.get(source, lambda: _existing(source))()
+    files, about = _folder(folder)
+    if source in ("phantom", "kaggle"):
+        about |= {"source": {"phantom": "phantom", "kaggle": "chest_xray"}[source], "strict": source == "kaggle"}
+    return files, about
+
+
+def _existing(source):
+    for folder in (pathlib.Path.cwd(), root()):
+        path = pathlib.Path(os.path.abspath(folder / pathlib.Path(source).expanduser()))
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"{source}: no such folder or .npz file, neither from here nor from {root()}. Expected a "
+                            f"folder with {LAYOUT}, or one of phantom, kaggle, pneumoniamnist.")
+
+
+def _folder(folder):
+    """List the images of a folder, the files that lie outside its layout, and what the set is called."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is a file. Expected a folder with {LAYOUT}, or an .npz file.")
+    tops = _tops(folder)
+    if len(tops) != 1:
+        what = f"{len(tops)} sets ({', '.join(top.name for top in tops)})" if tops else "no split or class folder"
+        raise FileNotFoundError(f"{folder} holds {what}. Expected {LAYOUT}; name one such folder, or join two with ':'.")
+    files, ignored = [], {}
+    for here, folders, names in os.walk(tops[0], followlinks=True):
+        folders[:] = sorted(filter(_wanted, folders))
+        parts = pathlib.Path(here).relative_to(tops[0]).parts
+        lower = [part.lower() for part in parts]
+        split = next((SPLITS[part] for part in lower if part in SPLITS), "train")
+        label = next((LABELS[part] for part in lower if part in LABELS), "")
+        images = [name for name in filter(_wanted, names) if _is_image(pathlib.Path(here, name))]
+        if lower and (lower[0] in SPLITS or lower[0] in LABELS):
+            files += [("/".join([*parts, name]), os.path.join(here, name), split, label) for name in images]
+        elif images:
+            ignored["/".join(parts) or "."] = len(images)
+    if not files:
+        raise FileNotFoundError(f"{folder}: its folders hold no images. Expected {LAYOUT}; copy the set again.")
+    return files, {"source": folder.name, "root": str(tops[0]), "ignored": ignored, "strict": False,
+                   "synthetic": (tops[0] / "phantom.json").is_file()}
+
+
+def _tops(folder, depth=3):
+    """Return the topmost folders at or under `folder` that hold split or class folders."""
+    inner = sorted(path for path in folder.iterdir() if path.is_dir() and _wanted(path.name))
+    if any(path.name.lower() in {**SPLITS, **LABELS} for path in inner):
+        return [folder]
+    return [top for path in inner for top in _tops(path, depth - 1)] if depth else []
+
+
+def _wanted(name):
+    return not name.startswith(".") and name.lower() not in JUNK
+
+
+def _is_image(path):
+    if path.suffix:
+        return path.suffix.lower() in SUFFIXES
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # DICOM files often go without a suffix
+        return file.read(132)[128:] == b"DICM"
+    return False
+
+
+def _archive(path):
+    """List the images of a MedMNIST archive; one with another hash than the official is taken, and said to be."""
+    try:
+        with np.load(path) as archive:
+            labels = {key.removesuffix("_labels"): archive[key].ravel() for key in archive.files if key.endswith("_labels")}
+            shapes = {split: archive[f"{split}_images"].shape for split in labels}
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a MedMNIST archive ({error}). Expected train_images, train_labels, … as in "
+                         f"{SOURCES['pneumoniamnist']['url']}; download it again.") from error
+    if not labels or set(labels) - set(SPLITS) or any(
+            len(shapes[split]) != 3 or len(values) != shapes[split][0] or set(values.tolist()) - {0, 1}
+            for split, values in labels.items()):
+        raise ValueError(f"{path}: expected <train|val|test>_images, uint8 (n, height, width), each with n labels of 0 "
+                         f"(normal) or 1 (pneumonia); found images {shapes}.")
+    names = ("NORMAL", "PNEUMONIA")
+    files = [(f"{split}/{names[value]}/{index:05d}", f"{path}::{split}_images/{index}", SPLITS[split], names[value])
+             for split, values in labels.items() for index, value in enumerate(values)]
+    with open(path, "rb") as file:
+        md5 = hashlib.file_digest(file, "md5").hexdigest()
+    official = md5 == SOURCES["pneumoniamnist"]["md5"]
+    return files, {"source": path.stem, "root": str(path), "synthetic": False, "ignored": {}, "strict": official,
+                   "md5": md5, "official": official}
+
+
+def _mnist():
+    import keras
+
+    card = SOURCES["pneumoniamnist"]
+    try:
+        return pathlib.Path(keras.utils.get_file("pneumoniamnist.npz", card["url"], file_hash=card["md5"]))
+    except Exception as error:  # Keras raises a plain Exception without a network
+        raise FileNotFoundError(f"pneumoniamnist could not be downloaded ({error}). Get {card['url']} by hand and give the "
+                                "path of the .npz file, or use phantom.") from error
+
+
+def _kaggle():
+    try:
+        import kagglehub
+    except ImportError as error:
+        raise ImportError("kaggle needs kagglehub: pip install kagglehub, or give the folder of your own copy.") from error
+    card = SOURCES["chest_xray"]
+    try:
+        return pathlib.Path(kagglehub.dataset_download(card["kaggle"]))
+    except Exception as error:  # proxy, name, credentials or disk: the remedy is the same
+        raise FileNotFoundError(
+            f"kaggle: {card['kaggle']} could not be downloaded ({type(error).__name__}: {error}). Check the network, or "
+            f"download {card['url']} by hand and give its folder, or use phantom.") from error
+
+
+def _phantom():
+    """Return the folder of the default phantom set, drawn when it is not there yet."""
+    from cxr import phantom
+
+    knobs = {name: knob.default for name, knob in inspect.signature(phantom.write).parameters.items() if name != "directory"}
+    folder = root() / "data" / f"phantom-{hashlib.sha256(repr(sorted(knobs.items())).encode()).hexdigest()[:8]}"
+    phantom.write(folder)
+    return folder
