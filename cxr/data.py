@@ -1,8 +1,8 @@
 """From files to a manifest, and from a manifest to arrays, with the caches behind them.
 
-Every file is decoded once at full size for its facts (hash of the pixels, size, grey level, blur), and once straight to
-the size that a network wants. Both results are kept under a hash of the content: renamed files cost nothing, changed ones
-are read again, and a damaged cache is noticed and remade.
+Every file is decoded once at full size for its facts (hash of the pixels, size, grey level, blur), and once straight
+to the size that a network wants. Both results are kept under a hash of the content: renamed files cost nothing, changed
+ones are read again, and a damaged cache is noticed and remade.
 """
 
 import concurrent.futures

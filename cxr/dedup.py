@@ -1,9 +1,9 @@
 """Exact duplicates by bytes and by decoded pixels, and near duplicates that are verified, not merely hashed.
 
-All chests look alike: at distance 0 an 8×8 difference hash matches 67 test images of `chest_xray` to other patients. So a
-cheap descriptor only proposes neighbours, and a pair counts when, after affine alignment, its fine detail correlates above
-`SAME_FILM`. On `chest_xray` two patients reach 0.57 at most, two films of one patient rarely 0.7; copies of one film that
-were re-encoded, blurred, cropped, shifted or written on keep 0.75 to 0.99.
+All chests look alike: at distance 0 an 8 x 8 difference hash matches 67 test images of `chest_xray` to other patients.
+So a cheap descriptor only proposes neighbours, and a pair counts when, after affine alignment, its fine detail
+correlates above `SAME_FILM`. On `chest_xray` two patients reach 0.57 at most, and two films of one patient rarely 0.7;
+copies of one film that were re-encoded, blurred, cropped, shifted or written on keep 0.75 to 0.99.
 """
 
 import concurrent.futures
@@ -19,7 +19,7 @@ _NEIGHBOURS = 3
 
 
 def exact_groups(manifest, column="pixel_sha256"):
-    """Return the sorted lists of `image_id` that share `column`: `sha256` (bytes) or `pixel_sha256` (decoded pixels)."""
+    """Return the sorted lists of `image_id` that share `column`: `sha256` (bytes) or `pixel_sha256` (pixels)."""
     groups = manifest.groupby(column)["image_id"].agg(sorted)
     return sorted(groups[groups.str.len() > 1])
 

@@ -28,7 +28,8 @@ SOURCES = {
         "url": "https://doi.org/10.6084/m9.figshare.12580328", "counts": {"train": {"COVID19": 865}}},
     "pneumoniamnist": {
         "licence": "CC BY 4.0", "citation": "MedMNIST v2, Yang et al. 2023, doi:10.1038/s41597-022-01721-8",
-        "url": "https://zenodo.org/records/10519652/files/pneumoniamnist.npz", "md5": "28209eda62fecd6e6a2d98b1501bb15f",
+        "url": "https://zenodo.org/records/10519652/files/pneumoniamnist.npz",
+        "md5": "28209eda62fecd6e6a2d98b1501bb15f",
         "counts": {"train": {"NORMAL": 1214, "PNEUMONIA": 3494}, "val": {"NORMAL": 135, "PNEUMONIA": 389},
                    "test": _TEST}},
 }  # fmt: skip
@@ -82,7 +83,7 @@ def _folder(folder):
     tops = _tops(folder)
     if len(tops) != 1:
         what = f"{len(tops)} sets ({', '.join(top.name for top in tops)})" if tops else "no split or class folder"
-        raise FileNotFoundError(f"{folder} holds {what}. Expected {LAYOUT}; name one such folder, or join two with ':'.")
+        raise FileNotFoundError(f"{folder} holds {what}. Expected {LAYOUT}; name one set, or join two with ':'.")
     files, ignored = [], {}
     for here, folders, names in os.walk(tops[0], followlinks=True):
         folders[:] = sorted(filter(_wanted, folders))
@@ -102,9 +103,10 @@ def _folder(folder):
 
 
 def _tops(folder, depth=3):
-    """Return the topmost folders at or under `folder` that hold split or class folders."""
+    """Return the topmost folders at or under `folder` that hold split folders, or class folders that hold neither."""
     inner = sorted(path for path in folder.iterdir() if path.is_dir() and _wanted(path.name))
-    if any(path.name.lower() in {**SPLITS, **LABELS} for path in inner):
+    names = {path.name.lower() for path in inner}
+    if names & set(SPLITS) or any(path.name.lower() in LABELS and not _tops(path, 0) for path in inner):
         return [folder]
     return [top for path in inner for top in _tops(path, depth - 1)] if depth else []
 
@@ -125,8 +127,9 @@ def _archive(path):
     """List the images of a MedMNIST archive; one with another hash than the official is taken, and said to be."""
     try:
         with np.load(path) as archive:
-            labels = {key.removesuffix("_labels"): archive[key].ravel() for key in archive.files if key.endswith("_labels")}
-            shapes = {split: archive[f"{split}_images"].shape for split in labels}
+            named = [key.removesuffix("_labels") for key in archive.files if key.endswith("_labels")]
+            labels = {split: archive[f"{split}_labels"].ravel() for split in named}
+            shapes = {split: archive[f"{split}_images"].shape for split in named}
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a MedMNIST archive ({error}). Expected train_images, train_labels, … as in "
                          f"{SOURCES['pneumoniamnist']['url']}; download it again.") from error
@@ -152,29 +155,29 @@ def _mnist():
     try:
         return pathlib.Path(keras.utils.get_file("pneumoniamnist.npz", card["url"], file_hash=card["md5"]))
     except Exception as error:  # Keras raises a plain Exception without a network
-        raise FileNotFoundError(f"pneumoniamnist could not be downloaded ({error}). Get {card['url']} by hand and give the "
-                                "path of the .npz file, or use phantom.") from error
+        raise FileNotFoundError(f"pneumoniamnist could not be downloaded ({error}). Get {card['url']} by hand and give "
+                                "the path of the .npz file, or use phantom.") from error
 
 
 def _kaggle():
     try:
         import kagglehub
     except ImportError as error:
-        raise ImportError("kaggle needs kagglehub: pip install kagglehub, or give the folder of your own copy.") from error
+        raise ImportError("kaggle needs kagglehub: pip install kagglehub, or give a folder of your own.") from error
     card = SOURCES["chest_xray"]
     try:
         return pathlib.Path(kagglehub.dataset_download(card["kaggle"]))
     except Exception as error:  # proxy, name, credentials or disk: the remedy is the same
         raise FileNotFoundError(
-            f"kaggle: {card['kaggle']} could not be downloaded ({type(error).__name__}: {error}). Check the network, or "
-            f"download {card['url']} by hand and give its folder, or use phantom.") from error
+            f"kaggle: {card['kaggle']} could not be downloaded ({type(error).__name__}: {error}). Check the network, "
+            f"or get {card['url']} by hand and give its folder, or use phantom.") from error
 
 
 def _phantom():
     """Return the folder of the default phantom set, drawn when it is not there yet."""
     from cxr import phantom
 
-    knobs = {name: knob.default for name, knob in inspect.signature(phantom.write).parameters.items() if name != "directory"}
-    folder = root() / "data" / f"phantom-{hashlib.sha256(repr(sorted(knobs.items())).encode()).hexdigest()[:8]}"
+    knobs = sorted((name, knob.default) for name, knob in inspect.signature(phantom.write).parameters.items())
+    folder = root() / "data" / f"phantom-{hashlib.sha256(repr(knobs).encode()).hexdigest()[:8]}"
     phantom.write(folder)
     return folder

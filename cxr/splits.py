@@ -44,9 +44,9 @@ def number_key(patient_id):
 def assign(manifest, seed=0, val_fraction=0.12):
     """Return a copy of the manifest with `split` in `train|val|test|test_duplicate|dropped|pred`.
 
-    Official `val` is pooled with `train`. Pictures with two labels are dropped whole. Later copies are dropped from train,
-    and set apart in test; train images whose picture or patient stands in test are dropped. Validation is then drawn from
-    train by patient, stratified by label and etiology.
+    Official `val` is pooled with `train`. Pictures with two labels are dropped whole. Later copies are dropped from
+    train, and set apart in test; train images whose picture or patient stands in test are dropped. Validation is then
+    drawn from train by patient, stratified by label and etiology.
 
     Args:
         manifest: as `data.load_manifest` returns it. The first of a group of copies, by `image_id`, stays.
@@ -65,7 +65,7 @@ def assign(manifest, seed=0, val_fraction=0.12):
     pool = frame[frame["split"].eq("train")]
     few = pool.groupby("label")["patient_id"].nunique()
     if len(few) and few.min() < 2:
-        raise ValueError(f"{frame.attrs.get('source', 'manifest')}: train has {few.min()} patient of class {few.idxmin()}. "
+        raise ValueError(f"{frame.attrs.get('source', 'manifest')}: train has {few.min()} patient of {few.idxmin()}. "
                          "Expected at least 2, one of them for validation; add images of other patients.")
     frame.loc[pool.index[pool["patient_id"].isin(_draw_patients(pool, seed, val_fraction))], "split"] = "val"
     return frame
@@ -92,9 +92,9 @@ def conflicts(manifest):
 def _draw_patients(pool, seed, val_fraction):
     """Draw whole patients in each stratum until the share is met: at least one, never all."""
     rng, chosen = np.random.default_rng(seed), []
-    patients = pool.groupby("patient_id").agg(label=("label", "first"), etiology=("etiology", "first"), n=("label", "size"))
+    patients = pool.groupby("patient_id")[["label", "etiology"]].first().assign(n=pool.groupby("patient_id").size())
     stratum = patients["label"] + "/" + patients["etiology"]
-    lonely = stratum.groupby(stratum).transform("size") < 2  # an etiology with one patient draws with its label's others
+    lonely = stratum.groupby(stratum).transform("size") < 2  # one patient of an etiology joins the others of its label
     for _, part in patients.groupby(stratum.mask(lonely, patients["label"])):
         order = rng.permutation(len(part))
         total = part["n"].to_numpy()[order].cumsum()
@@ -122,7 +122,8 @@ def leaks(manifest):
         `val_beside_train` and `test_beside_train`, shares in [0, 1] of images whose patient has an image in train too
         (NaN for an empty split).
     """
-    part = {split: manifest.loc[manifest["split"].str.startswith(split), "patient_id"] for split in ("train", "val", "test")}
+    names = ("train", "val", "test")  # and test_duplicate with test
+    part = {name: manifest.loc[manifest["split"].str.startswith(name), "patient_id"] for name in names}
     train, test = set(part["train"]), set(part["test"])
     return {"by_etiology_and_number": len(train & test),
             "by_number": len(set(map(number_key, train)) & set(map(number_key, test))),
@@ -131,6 +132,6 @@ def leaks(manifest):
 
 
 def split_sha256(manifest):
-    """Return the SHA-256 (hex) of the sorted `[image_id, split]` pairs as compact JSON: the split's name in a record."""
+    """Return the SHA-256 (hex) of the sorted `[image_id, split]` pairs as compact JSON: a split's name in a record."""
     pairs = sorted(manifest[["image_id", "split"]].values.tolist())
     return hashlib.sha256(json.dumps(pairs, separators=(",", ":")).encode()).hexdigest()

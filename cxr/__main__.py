@@ -1,0 +1,98 @@
+"""The command line, `python -m cxr`: exit status 0 done, 1 findings that invalidate a result, 2 unusable input."""
+
+import argparse
+import inspect
+import json
+import sys
+
+
+def main(arguments=None):
+    """Run one command and return its exit status; bad input becomes one message on stderr."""
+    options = vars(_parser().parse_args(arguments))
+    command = options.pop("command")
+    try:
+        return command(**options)
+    except (ValueError, OSError, ImportError) as error:
+        system = isinstance(error, OSError) and error.filename  # ours carry a message, the system's a path and a reason
+        message = f"{error.filename}: {error.strerror}; check the path and its permissions." if system else error
+        print(f"cxr: {message}", file=sys.stderr)
+        return 2
+
+
+def _parser():
+    parser = argparse.ArgumentParser("cxr", description="A chest X-ray lab: research and teaching, not diagnosis.")
+    commands = parser.add_subparsers(required=True, metavar="{phantom,audit,report}")
+    _phantom_parser(commands.add_parser("phantom", help="write a set of synthetic chest X-rays"))
+    audit = commands.add_parser("audit", help="look for copies, shared patients, unreadable files and shortcuts")
+    audit.add_argument("source", help="phantom, kaggle, pneumoniamnist, a folder, an .npz file, or several joined by ':'")
+    audit.add_argument("--json", metavar="FILE", help="also write what was found as JSON")
+    audit.add_argument("--cache", metavar="DIR", help="where decoded images are kept (default: runs/cache)")
+    audit.set_defaults(command=_audit)
+    report = commands.add_parser("report", help="check records against their predictions and make their tables")
+    report.add_argument("results", nargs="*", help="folders with records/ and predictions/")
+    report.add_argument("--readme", metavar="FILE", help="rewrite the results between this file's markers")
+    report.add_argument("--html", metavar="FILE", help="write the report of the one folder given")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _phantom_parser(parser):
+    """Give every knob of `phantom.write` an option of its name."""
+    from cxr import phantom
+
+    parser.add_argument("directory", nargs="?", help="folder to make")
+    parser.add_argument("--gallery", metavar="FILE", help="also write a labelled picture of each kind of film")
+    for name, knob in list(inspect.signature(phantom.write).parameters.items())[1:]:
+        several = {"nargs": "+", "choices": knob.default} if isinstance(knob.default, tuple) else {}
+        kind = str if several else float if knob.default is None else type(knob.default)
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=kind, default=knob.default, help="(%(default)s)", **several)
+    parser.set_defaults(command=_phantom)
+
+
+def _phantom(directory, gallery, **knobs):
+    from cxr import phantom
+
+    if not directory and not gallery:
+        raise ValueError("phantom: expected a folder to write, or --gallery FILE.")
+    if directory:
+        summary = phantom.write(directory, **knobs)
+        print(f"{directory}: " + "; ".join(f"{split} " + ", ".join(f"{label} {n}" for label, n in counts.items() if n)
+                                           for split, counts in summary["images"].items()))
+    if gallery:
+        phantom.gallery(gallery, seed=knobs["seed"])
+        print(gallery)
+    return 0
+
+
+def _audit(source, json, cache):
+    from cxr import audit, data, records
+
+    found = audit.audit(data.load_manifest(source, cache_dir=cache), cache_dir=cache)
+    if json:
+        records.write_atomic(json, _dumps(found))
+    print(audit.format_table(found))
+    return audit.exit_code(found)
+
+
+def _dumps(value):
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
+def _report(results, readme, html):
+    from cxr import report
+
+    if not readme and not html:
+        raise ValueError("report: expected --readme FILE or --html FILE.")
+    if html and len(results) != 1:
+        raise ValueError(f"report: --html takes one results folder, not {len(results)}.")
+    if readme:
+        report.update_readme(readme, *results)
+    if html:
+        report.html(results[0], html)
+    print("\n".join(filter(None, (readme, html))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
