@@ -85,7 +85,7 @@ def start(notebook, *, profile="smoke", data="phantom", seed=0, num_seeds=None, 
     if source not in sources.SOURCES:  # a path given from the repository root must also hold inside notebooks/
         source = ":".join(part if part in sources.SOURCES or pathlib.Path(part).is_absolute() else str(root() / part)
                           for part in source.split(":"))
-    manifest = splits.assign(sources.load_manifest(source, cache_dir=cache), seed=0)
+    official = sources.load_manifest(source, cache_dir=cache)
     count = num_seeds or chosen.num_seeds
-    return records.Run(notebook, chosen, run_directory(profile, data), cache, manifest,
-                       list(range(seed, seed + count)))
+    return records.Run(notebook, chosen, run_directory(profile, data), cache, official,
+                       splits.assign(official, seed=0), list(range(seed, seed + count)))

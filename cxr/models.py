@@ -9,12 +9,43 @@ import keras
 from keras import layers
 
 
+@keras.saving.register_keras_serializable("cxr")
+class TrainingOnly(layers.Layer):
+    """Apply `stack` (a list of layers) while training and do nothing otherwise.
+
+    Keras's own random layers also act when a model is simply called, which would blur an explanation or a served model.
+    """
+
+    def __init__(self, stack, **kwargs):
+        super().__init__(**kwargs)
+        self.stack = list(stack)
+
+    def build(self, input_shape):
+        """Build every layer; none of them changes the shape."""
+        for layer in self.stack:
+            layer.build(input_shape)
+
+    def call(self, images, training=False):
+        """Return `images`, changed while training."""
+        for layer in self.stack if training else ():
+            images = layer(images, training=True)
+        return images
+
+    def get_config(self):
+        """Return what rebuilds the layer."""
+        return super().get_config() | {"stack": [keras.saving.serialize_keras_object(layer) for layer in self.stack]}
+
+    @classmethod
+    def from_config(cls, config):
+        """Return the layer that `get_config` described."""
+        return cls([keras.saving.deserialize_keras_object(layer) for layer in config.pop("stack")], **config)
+
+
 def _inputs(image_size, augmentation, channels=1):
     """Return the input tensor and the scaled, augmented image with `channels` equal channels."""
     inputs = keras.Input((image_size, image_size, 1), name="image")
     x = layers.Rescaling(1 / 255)(inputs)
-    for layer in augmentation:
-        x = layer(x)
+    x = TrainingOnly(augmentation, name="augmentation")(x) if augmentation else x
     return inputs, layers.Concatenate()([x] * channels) if channels > 1 else x
 
 
@@ -47,10 +78,13 @@ def seed_cnn(image_size=180, augmentation=()):
     return _classifier(inputs, x, "seed_cnn")
 
 
-def _conv(x, filters, kernel=3, strides=1, activation=True):
-    """Return convolution, batch normalisation and (unless told otherwise) ReLU."""
+def _conv(x, filters, kernel=3, strides=1, activation=True, momentum=0.9):
+    """Return convolution, batch normalisation and (unless told otherwise) ReLU.
+
+    Keras's momentum of 0.99 lags hundreds of steps behind the weights, more than an epoch of a set this small has.
+    """
     x = layers.Conv2D(filters, kernel, strides, padding="same", use_bias=False, kernel_initializer="he_normal")(x)
-    x = layers.BatchNormalization()(x)
+    x = layers.BatchNormalization(momentum=momentum)(x)
     return layers.ReLU()(x) if activation else x
 
 
@@ -67,7 +101,7 @@ def lab_cnn(image_size=96, augmentation=()):
     Pooling instead of flattening leaves no weight that could learn where in the frame a class tends to lie.
     """
     inputs, x = _inputs(image_size, augmentation)
-    x = layers.LayerNormalization(axis=[1, 2, 3], center=False, scale=False, name="standardise")(x)
+    x = layers.LayerNormalization(axis=[1, 2, 3], epsilon=1e-6, center=False, scale=False, name="standardise")(x)
     x = layers.MaxPooling2D()(_conv(_conv(x, 24, 5, strides=2), 32))
     for filters in (64, 128):
         x = layers.MaxPooling2D()(_conv(_conv(x, filters), filters))

@@ -132,6 +132,23 @@ def training_curves(histories):
 
 
 @_styled
+def epochs(series):
+    """Show one panel a metric, one line a name, over the epochs of one run.
+
+    `series`: dict name -> dict metric -> list of floats, one an epoch.
+    """
+    names = list(next(iter(series.values())))
+    figure, axes = plt.subplots(1, len(names), figsize=(4.75 * len(names), 3.6), squeeze=False)
+    for axis, metric in zip(axes[0], names, strict=True):
+        for name, values in series.items():
+            axis.plot(range(1, len(values[metric]) + 1), values[metric], "o-", ms=4, label=name)
+        axis.set(xlabel="epoch", title=metric)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[0][-1].legend(loc="lower right")
+    return figure
+
+
+@_styled
 def roc_and_precision_recall(curves, *, thresholds=None):
     """Show both curves of each of `curves` (dict label -> `(y_true, y_score)`), with operating points.
 
@@ -206,7 +223,7 @@ def forest(rows, *, reference=None, xlabel="AUC on test, 95 % interval"):
     """Show estimates with their intervals, one a line, under a heading for each section.
 
     `rows`: list of dicts `label, value, low, high` (NaN limits draw the point alone) and, where wanted, `section`,
-    `colour`. `reference`: position of a dotted vertical line, such as 0 for differences.
+    `colour`, `seeds` (values drawn as small dots). `reference`: where a dotted vertical line stands, such as 0.
     """
     sections = dict.fromkeys(row.get("section", "") for row in rows)
     height = len(rows) + sum(bool(section) for section in sections)
@@ -218,6 +235,7 @@ def forest(rows, *, reference=None, xlabel="AUC on test, 95 % interval"):
             ticks, labels = [*ticks, len(ticks)], [*labels, ""]
         for row in (row for row in rows if row.get("section", "") == section):
             y, colour = len(ticks), row.get("colour", NORMAL)
+            axis.plot(row.get("seeds", []), [y] * len(row.get("seeds", [])), "o", color=colour, ms=3, alpha=0.45)
             axis.hlines(y, row["low"], row["high"], color=colour, lw=2.2)
             axis.plot(row["value"], y, "o", color=colour, ms=6.5, mec="white")
             text = "" if np.isnan(row["low"]) else f"  [{row['low']:.3f}, {row['high']:.3f}]"

@@ -126,7 +126,8 @@ class Run:
         profile: the `config.Profile` in force, overrides applied.
         directory: `runs/<profile>-<data>`.
         cache: folder for decoded images and scan facts, shared by all runs.
-        manifest: the split manifest (`splits.assign`).
+        official: the manifest as loaded, in its official splits.
+        manifest: the same images under the protocol (`splits.assign`).
         seeds: the seeds to repeat each configuration over.
     """
 
@@ -134,6 +135,7 @@ class Run:
     profile: object
     directory: pathlib.Path
     cache: pathlib.Path
+    official: pd.DataFrame
     manifest: pd.DataFrame
     seeds: list
 

@@ -141,11 +141,16 @@ class _HardAUC(keras.metrics.AUC):
         super().update_state(ops.cast(y_true > 0.5, "float32"), y_pred, sample_weight)
 
 
+def _random_states(model):
+    """Return the counters behind dropout and augmentation, which Keras's weight files leave out."""
+    return [variable for variable in model.non_trainable_variables if "seed_generator" in variable.path]
+
+
 class Watch(keras.callbacks.Callback):
     """Score the watched sets after each epoch, keep the best weights, stop early, and back everything up to resume.
 
     Args:
-        watched: dict name → `(images, labels)`; `val` must be there. History gets `<name>_loss`, `_auc`, `_accuracy`.
+        watched: dict name → `(images, labels)`, such as `val`. History gets `<name>_loss`, `_auc`, `_accuracy`.
         recipe: the `Recipe`.
         folder: where the backup lies until the run is finished.
     """
@@ -160,10 +165,13 @@ class Watch(keras.callbacks.Callback):
         index = self.folder / "history.json"
         if not index.exists():
             return 0
-        self.history, self.best_epoch, epoch = json.loads(index.read_text()).values()
+        state = json.loads(index.read_text())
+        self.history, self.best_epoch = state["history"], state["best_epoch"]
         model.optimizer.build(model.trainable_variables)
-        model.load_weights(self.folder / f"{epoch}.weights.h5")
-        return epoch
+        model.load_weights(self.folder / f"{state['epoch']}.weights.h5")
+        for variable, value in zip(_random_states(model), state["random"], strict=True):
+            variable.assign(value)
+        return state["epoch"]
 
     def finished(self, epoch):
         """Return whether training ends after `epoch` epochs: all done, or `patience` without a better monitor."""
@@ -192,7 +200,8 @@ class Watch(keras.callbacks.Callback):
     def _backup(self, epoch):
         self.folder.mkdir(parents=True, exist_ok=True)
         save_atomic(self.model.save_weights, self.folder / f"{epoch}.weights.h5")
-        state = {"history": self.history, "best_epoch": self.best_epoch, "epoch": epoch}
+        random = [ops.convert_to_numpy(variable).tolist() for variable in _random_states(self.model)]
+        state = {"history": self.history, "best_epoch": self.best_epoch, "epoch": epoch, "random": random}
         records.write_atomic(self.folder / "history.json", json.dumps(state))
         for path in self.folder.glob("*.weights.h5"):
             if path.name not in (f"{epoch}.weights.h5", f"{self.best_epoch}.weights.h5"):
@@ -323,7 +332,9 @@ def _train_one(run, variant, recipe, build, seed, *, images, manifest, extra, or
     if extra is not None:
         parts["train"] = tuple(np.concatenate(pair) for pair in zip(parts["train"], extra(seed), strict=True))
     shifted = augment.shift_validation(parts["val"][0], seed=0)
-    watched = {"val": parts["val"], "shifted": (shifted[0], parts["val"][1][shifted[1]])}
+    watched = {"val": parts["val"]}
+    if recipe.monitor == "shifted_auc":
+        watched["shifted"] = shifted[0], parts["val"][1][shifted[1]]
     if oracle:
         watched["oracle_test"] = parts["test"]
     keras.utils.clear_session()
@@ -334,7 +345,8 @@ def _train_one(run, variant, recipe, build, seed, *, images, manifest, extra, or
     history = fit(model, recipe, *parts["train"], watched, seed=seed, folder=folder)
     trained = time.monotonic()
     table = predictions(model, manifest, images, shifted)
-    save_atomic(model.save, run.directory / "models" / f"{run_id}.keras")
+    served = keras.Model(model.input, model.output, name=model.name)  # without optimizer and loss
+    save_atomic(served.save, run.directory / "models" / f"{run_id}.keras")
     record = run.save(variant, recipe.config(), seed, table, manifest=manifest, history=history,
                       num_parameters=model.count_params(),
                       seconds={"data": round(ready - start, 2), "train": round(trained - ready, 2),

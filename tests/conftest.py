@@ -1,0 +1,16 @@
+"""Fixtures shared by all tests, and what nbval must not compare."""
+
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+REAL = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture
+def real_data():
+    """The folder of real X-rays beside the repository; never needed by a user."""
+    if not REAL.is_dir():
+        pytest.skip("the real X-rays (../shared/data) are not on this machine")
+    return REAL

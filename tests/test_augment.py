@@ -1,0 +1,88 @@
+"""Augmentation: the twelve strategies, mixing of pairs, label-dependent brightness, the shifted validation."""
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cxr import augment
+
+
+@pytest.fixture
+def images():
+    rng = np.random.default_rng(0)
+    smooth = rng.normal(size=(8, 6, 6)).cumsum(1).cumsum(2)
+    small = (smooth - smooth.min()) / np.ptp(smooth)
+    return np.kron(small, np.ones((6, 6)))[..., None].astype("float32") * 0.8 + 0.1
+
+
+def test_there_are_twelve_strategies():
+    assert len(augment.STRATEGIES) == 12 and next(iter(augment.STRATEGIES)) == "none"
+
+
+@pytest.mark.parametrize("name", augment.STRATEGIES)
+def test_strategy_acts_while_training_only(name, images):
+    keras.utils.set_random_seed(1)
+    pipeline = augment.STRATEGIES[name]()
+    trained, tested = images, images
+    for layer in pipeline:
+        trained, tested = layer(trained, training=True), layer(tested, training=False)
+    np.testing.assert_array_equal(np.asarray(tested), images)
+    changed = np.abs(np.asarray(trained) - images).mean()
+    assert np.isfinite(changed) and np.asarray(trained).shape == images.shape
+    assert (changed == 0) == (name == "none")
+    assert -0.3 < np.asarray(trained).min() and np.asarray(trained).max() < 1.3
+
+
+@pytest.mark.parametrize("mode", augment.MIX_MODES)
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
+def test_mixing_keeps_ranges_and_is_reproducible(mode, ratio):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (10, 8, 8, 1), dtype=np.uint8), (np.arange(10) % 2)[:, None].astype("float32")
+    mixed, soft = augment.mix(images, labels, mode, ratio, seed=[0, 1])
+    again, _ = augment.mix(images, labels, mode, ratio, seed=[0, 1])
+    np.testing.assert_array_equal(mixed, again)
+    assert len(mixed) == len(soft) == (10 + round(10 * ratio) if mode == "extra_samples" else 10)
+    assert mixed.min() >= 0 and mixed.max() <= 255 and soft.min() >= 0 and soft.max() <= 1
+    if ratio == 0:
+        np.testing.assert_array_equal(mixed, images.astype("float32"))
+        np.testing.assert_array_equal(soft, labels)
+
+
+@given(ratio=st.floats(0, 1), seed=st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_fixed_lambda_mixes_image_and_label_alike(ratio, seed):
+    labels = (np.arange(6) % 2)[:, None].astype("float32")
+    images = np.broadcast_to(labels[:, None, None] * 200, (6, 4, 4, 1)).astype("uint8")
+    mixed, soft = augment.mix(images, labels, "fixed_lambda", ratio, seed=seed)
+    np.testing.assert_allclose(mixed[:, 0, 0], soft * 200, atol=1e-3)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("probability", 1.2), "must lie in"), (("fixed_lambda", -0.1), "must lie in"), (("mixup", 0.3), "choose one of")])
+def test_bad_mixing_is_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        augment.mix(np.zeros((4, 2, 2, 1), np.uint8), np.zeros((4, 1)), *arguments, seed=0)
+
+
+def test_a_batch_of_one_cannot_be_mixed():
+    with pytest.raises(ValueError, match="at least two"):
+        augment.mix(np.zeros((1, 2, 2, 1), np.uint8), np.zeros((1, 1)), "probability", 0.3, seed=0)
+
+
+def test_class_brightness_paints_the_label_and_swaps():
+    images, labels = np.full((6, 4, 4), 128, np.uint8), np.array([0, 1, 0, 1, 0, 1])
+    painted = augment.class_brightness(images, labels, seed=0).mean((1, 2))
+    swapped = augment.class_brightness(images, labels, seed=0, swap=True).mean((1, 2))
+    assert (painted[labels == 0] > 138).all() and (painted[labels == 1] < 118).all()
+    assert (swapped[labels == 0] < 118).all() and (swapped[labels == 1] > 138).all()
+
+
+def test_shifted_validation_is_fixed_and_changes_every_image():
+    images = np.random.default_rng(0).integers(0, 256, (5, 24, 24), dtype=np.uint8)
+    shifted, source = augment.shift_validation(images, seed=0)
+    assert shifted.shape == (15, 24, 24) and shifted.dtype == np.uint8
+    np.testing.assert_array_equal(source, np.repeat(np.arange(5), 3))
+    np.testing.assert_array_equal(shifted, augment.shift_validation(images, seed=0)[0])
+    assert all((one != images[row]).any() for one, row in zip(shifted, source, strict=True))

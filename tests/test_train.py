@@ -1,0 +1,194 @@
+"""Training for real, small: losses, order of batches, resuming after a kill, records over seeds."""
+
+import dataclasses
+import pathlib
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+from keras import layers
+
+from cxr import config, records, train
+
+RECIPE = train.Recipe(model="tiny", image_size=16, epochs=3, batch_size=16, learning_rate=3e-3)
+
+
+def tiny(image_size, augmentation=()):
+    inputs = keras.Input((image_size, image_size, 1))
+    x = layers.Rescaling(1 / 255)(inputs)
+    x = layers.GlobalAveragePooling2D()(layers.Conv2D(8, 3, activation="relu")(x))
+    return keras.Model(inputs, layers.Dense(1, activation="sigmoid")(layers.Dropout(0.2)(x)))
+
+
+def easy(n=128, seed=0):
+    """Images whose class shows as brightness."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 2
+    images = rng.integers(0, 120, (n, 16, 16)) + 60 * labels[:, None, None]
+    return images.astype("uint8"), labels
+
+
+def weights(model):
+    return np.concatenate([np.ravel(w) for w in model.get_weights()])
+
+
+def test_loss_equals_keras_with_hard_labels():
+    y, p = np.array([[0.0], [1], [1], [0]]), np.array([[0.2], [0.9], [0.4], [0.6]])
+    ours = train.WeightedBinaryCrossentropy(1.95, 0.67)(y, p)
+    theirs = keras.losses.BinaryCrossentropy()(y, p, sample_weight=np.where(y == 1, 0.67, 1.95))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_loss_of_a_mixed_label_is_the_mixture_of_the_weighted_losses():
+    p, loss = np.array([[0.3]]), train.WeightedBinaryCrossentropy(2.0, 0.5)
+    mixed = float(loss(np.array([[0.7]]), p))
+    assert mixed == pytest.approx(0.7 * float(loss(np.array([[1.0]]), p)) + 0.3 * float(loss(np.array([[0.0]]), p)), rel=1e-5)
+
+
+def test_class_weights_are_those_of_study_s2():
+    labels = np.r_[np.zeros(1341), np.ones(3875)]
+    assert train.class_weights(labels, "class_weight") == pytest.approx((1.945, 0.673), abs=1e-3)
+    assert train.class_weights(labels, "loss_1.5") == (1.0, 1.5)
+    assert train.class_weights(labels, "none") == (1.0, 1.0)
+
+
+def test_batches_show_each_image_once_and_depend_on_seed_and_epoch_alone():
+    images, labels = easy(40)
+    first = train.Batches(images, labels, 16, seed=3)
+    seen = np.concatenate([first[k][0] for k in range(len(first))])
+    assert sorted(seen.sum((1, 2, 3))) == sorted(images.sum((1, 2)))
+    first.on_epoch_end()
+    later = train.Batches(images, labels, 16, seed=3, epoch=1)
+    np.testing.assert_array_equal(first[0][0], later[0][0])
+    assert (first[0][0] != seen[:16]).any()
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 16), (10, 1)])
+def test_a_batch_of_one_is_refused(n, batch_size):
+    images, labels = easy(n)
+    with pytest.raises(ValueError, match="at least two"):
+        train.Batches(images, labels, batch_size, seed=0)
+
+
+def test_last_batch_of_one_is_left_out():
+    assert len(train.Batches(*easy(33), 16, seed=0)) == 2
+
+
+@pytest.mark.parametrize("labels", [np.zeros(32, int), np.ones(32, int)])
+def test_one_class_is_refused(tmp_path, labels):
+    images, both = easy(32)
+    with pytest.raises(ValueError, match="one class only"):
+        train.fit(tiny(16), RECIPE, images, labels, {"val": (images, both)}, seed=0, folder=tmp_path)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"mixing": ("probability", 0.5), "balance": "class_weight"}, {"mixing": ("extra_samples", 0.3)},
+    {"mixing": ("cutmix", 0.5)}, {"label_smoothing": 0.1, "schedule": "cosine", "weight_decay": 1e-3},
+    {"balance": "oversample"}])
+def test_training_learns(tmp_path, changes):
+    keras.utils.set_random_seed(0)
+    recipe = dataclasses.replace(RECIPE, epochs=8, **changes)
+    images, labels = easy(160)
+    if recipe.balance == "oversample":
+        keep = np.flatnonzero((labels == 1) | (np.arange(160) % 8 == 0))
+        images, labels = images[keep], labels[keep]
+    model = tiny(16)
+    history = train.fit(model, recipe, images, labels, {"val": easy(60, seed=1)}, seed=0, folder=tmp_path)
+    assert history["val_auc"][-1] > 0.9 and set(history) >= {"loss", "auc", "val_loss", "val_auc", "val_accuracy"}
+
+
+def test_best_epoch_is_restored_and_patience_stops(tmp_path):
+    keras.utils.set_random_seed(0)
+    recipe = dataclasses.replace(RECIPE, epochs=30, patience=2, learning_rate=0.05)
+    model, val = tiny(16), easy(60, seed=1)
+    history = train.fit(model, recipe, *easy(), {"val": val}, seed=0, folder=tmp_path)
+    assert len(history["val_auc"]) < 30
+    from sklearn.metrics import roc_auc_score
+    assert roc_auc_score(val[1], train.predict(model, val[0])) == pytest.approx(max(history["val_auc"]), abs=1e-5)
+
+
+class KilledError(Exception):
+    """Stands for a kill between two epochs."""
+
+
+def test_resumed_training_gives_the_same_weights(tmp_path, monkeypatch):
+    images, labels = easy()
+    watched = {"val": easy(60, seed=1)}
+
+    def run(folder):
+        keras.utils.set_random_seed(0)
+        model = tiny(16)
+        recipe = dataclasses.replace(RECIPE, schedule="cosine")
+        history = train.fit(model, recipe, images, labels, watched, seed=0, folder=folder)
+        return weights(model), history
+
+    whole, history = run(tmp_path / "whole")
+    backup = train.Watch._backup
+
+    def die_after_first(self, epoch):
+        backup(self, epoch)
+        if epoch == 1:
+            raise KilledError
+
+    monkeypatch.setattr(train.Watch, "_backup", die_after_first)
+    with pytest.raises(KilledError):
+        run(tmp_path / "killed")
+    monkeypatch.setattr(train.Watch, "_backup", backup)
+    resumed, again = run(tmp_path / "killed")
+    np.testing.assert_allclose(resumed, whole, atol=1e-6)
+    assert again == history
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run over 60 easy images of 60 patients, without files behind them."""
+    images, labels = easy(90)
+    manifest = pd.DataFrame({
+        "image_id": [f"{k:03}.png" for k in range(90)], "patient_id": [f"p{k}" for k in range(90)],
+        "label": np.where(labels == 1, "PNEUMONIA", "NORMAL"), "split": ["train"] * 50 + ["val"] * 20 + ["test"] * 20,
+        "sha256": [f"{k:064}" for k in range(90)]})
+    manifest.attrs = {"source": "easy", "synthetic": True, "unreadable": []}
+    made = records.Run("02_test", config.PROFILES["smoke"], tmp_path, tmp_path, manifest, manifest, [0, 1])
+    return made, images
+
+
+def test_repeat_writes_one_record_a_seed_and_then_loads_them(run):
+    run, images = run
+    made = train.repeat(run, "tiny", RECIPE, tiny, images=images)
+    assert [record["seed"] for record in made] == [0, 1]
+    assert made[0]["run_id"][:-3] == made[1]["run_id"][:-3] and made[0]["config"]["model"] == "tiny"
+    table = run.predictions(made[0])
+    assert table["split"].value_counts().to_dict() == {"val": 20, "test": 20, "val_shifted": 60}
+    before = {path: path.stat().st_mtime_ns for path in pathlib.Path(run.results).rglob("*.json")}
+    assert train.repeat(run, "tiny", RECIPE, tiny, images=images) == made
+    assert before == {path: path.stat().st_mtime_ns for path in pathlib.Path(run.results).rglob("*.json")}
+    assert not list((run.directory / "cache" / "backup").glob("*")), "a finished run leaves its backup behind"
+    model = keras.models.load_model(run.directory / "models" / f"{made[0]['run_id']}.keras")
+    test = table[table["split"] == "test"]
+    np.testing.assert_allclose(train.predict(model, images[70:]), test["y_score"], rtol=1e-4)
+
+
+def test_same_seed_same_record_other_seed_another(run, tmp_path):
+    run, images = run
+    first = train.repeat(run, "tiny", RECIPE, tiny, images=images)
+    again = train.repeat(dataclasses.replace(run, directory=tmp_path / "again"), "tiny", RECIPE, tiny, images=images)
+    first, again = ([record["predictions"]["sha256"] for record in made] for made in (first, again))
+    assert first == again and first[0] != first[1]
+
+
+def test_extra_images_reach_training(run):
+    run, images = run
+    sizes = []
+
+    def extra(seed):
+        sizes.append(seed)
+        return easy(10, seed=seed)
+
+    train.repeat(run, "more", dataclasses.replace(RECIPE, balance="offline"), tiny, images=images, extra=extra)
+    assert sizes == run.seeds
+
+
+def test_a_later_field_at_its_default_keeps_the_id():
+    config_now = RECIPE.config()
+    assert config_now["weights"] is None and config_now["split"] == "patient" and "patience" not in config_now
