@@ -277,7 +277,8 @@ def fit(model, recipe, images, labels, watched, *, seed, folder):
     batches.epoch = epoch = watch.restore(model)
     batches._shuffle()
     if not watch.finished(epoch):
-        model.fit(batches, epochs=recipe.epochs, initial_epoch=epoch, callbacks=[watch], verbose=2)
+        model.fit(batches, epochs=recipe.epochs, initial_epoch=epoch, callbacks=[watch], verbose=2,
+                  shuffle=False)  # Batches has drawn the order; Keras would draw another one that a resumed run lacks
     if recipe.select == "best":
         model.load_weights(watch.folder / f"{watch.best_epoch}.weights.h5")
     return watch.history
