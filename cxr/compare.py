@@ -57,11 +57,11 @@ def paired_bootstrap(y_true, a, b, patient_id, *, num_resamples=1000, seed=0):
     counted from 1,000 resamples could not pass a Holm correction over a long table.
     """
     truth, a, b = evaluate.check(y_true, np.atleast_2d(a), np.atleast_2d(b))
-    weight = np.vstack([np.ones(truth.size), evaluate.patient_weights(truth, patient_id, num_resamples, seed)])
+    weight = np.column_stack([np.ones(truth.size), evaluate.patient_weights(truth, patient_id, num_resamples, seed)])
     rng, sides = np.random.default_rng([seed, 1]), []
     for scores in (a, b):
         auc = np.stack([evaluate.ranking(truth, score, weight)["auc"] for score in scores])
-        share = rng.multinomial(len(auc), np.full(len(auc), 1 / len(auc)), size=len(weight)).T / len(auc)
+        share = rng.multinomial(len(auc), np.full(len(auc), 1 / len(auc)), size=weight.shape[1]).T / len(auc)
         share[:, 0] = 1 / len(auc)  # the first column is the sample itself: every image and every seed once
         sides.append((auc * share).sum(0))
     value, *draws = (sides[0] - sides[1]).tolist()

@@ -68,15 +68,18 @@ def anomaly_threshold(normal_scores, quantile=0.95):
 
 
 def ranking(truth, score, weight):
-    """Return `{"auc", "average_precision"}`, each for every row of `weight` `(resamples, n)`; ties count half."""
+    """Return `{"auc", "average_precision"}`, each for every column of `weight` `(n, resamples)`; ties count half."""
     order = np.argsort(score, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(score[order]) > 0])
-    tied_p, tied_n = (np.add.reduceat((weight * part)[:, order], starts, axis=1) for part in (truth, ~truth))
-    positive, negative = tied_p.sum(1), tied_n.sum(1)
-    auc = (tied_p * (tied_n.cumsum(1) - tied_n / 2)).sum(1) / (positive * negative)
-    tp, fp = (tied[:, ::-1].cumsum(1)[:, ::-1] for tied in (tied_p, tied_n))
+    weight = weight[order]
+    tied_p = np.add.reduceat(weight * truth[order, None], starts)
+    tied_n = np.add.reduceat(weight, starts) - tied_p
+    positive, below = tied_p.sum(0), tied_n.cumsum(0)
+    negative = below[-1]
+    auc = (tied_p * (below - tied_n / 2)).sum(0) / (positive * negative)
+    tp, fp = positive - tied_p.cumsum(0) + tied_p, negative - below + tied_n
     precision = tp / np.maximum(tp + fp, 1e-12)  # where nothing is called positive the step in recall is zero as well
-    return {"auc": auc, "average_precision": (tied_p * precision).sum(1) / positive}
+    return {"auc": auc, "average_precision": (tied_p * precision).sum(0) / positive}
 
 
 def _bins(probability, num_bins):
@@ -85,21 +88,21 @@ def _bins(probability, num_bins):
 
 
 def _all_metrics(truth, score, weight, thresholds, probability):
-    """Every metric for every row of `weight`: dict of float `(resamples,)`, NaN where undefined."""
-    result, total, positive = ranking(truth, score, weight), weight.sum(1), weight @ truth
+    """Every metric for every column of `weight` `(n, resamples)`: dict of float `(resamples,)`, NaN where undefined."""
+    result, total, positive = ranking(truth, score, weight), weight.sum(0), truth @ weight
     if probability:
-        result["brier"] = weight @ (score - truth) ** 2 / total
-        result["ece"] = np.abs(weight @ (_bins(score, NUM_BINS) * (truth - score)[:, None])).sum(1) / total
-    for name, threshold in thresholds.items():
-        called = score >= threshold
-        tp, fp = weight @ (called & truth), weight @ (called & ~truth)
-        fn, tn = positive - tp, total - positive - fp
+        result["brier"] = (score - truth) ** 2 @ weight / total
+        result["ece"] = np.abs((_bins(score, NUM_BINS) * (truth - score)[:, None]).T @ weight).sum(0) / total
+    called = (score >= np.array(list(thresholds.values()))[:, None]).astype(float)
+    for name, tp, calls in zip(thresholds, (called * truth) @ weight, called @ weight, strict=True):
+        fp, fn = calls - tp, positive - tp
+        tn = total - positive - fp
         with np.errstate(divide="ignore", invalid="ignore"):
-            sensitivity, specificity, ppv, npv = tp / positive, tn / (fp + tn), tp / (tp + fp), tn / (tn + fn)
+            sensitivity, specificity, ppv, npv = tp / positive, tn / (fp + tn), tp / calls, tn / (tn + fn)
         for metric, value in {
                 "accuracy": (tp + tn) / total, "balanced_accuracy": (sensitivity + specificity) / 2,
                 "sensitivity": sensitivity, "specificity": specificity, "ppv": ppv, "npv": npv,
-                "f1": 2 * tp / (tp + fp + positive), "fnr": 1 - sensitivity, "fpr": 1 - specificity}.items():
+                "f1": 2 * tp / (calls + positive), "fnr": 1 - sensitivity, "fpr": 1 - specificity}.items():
             result[f"{metric}@{name}"] = value
     return result
 
@@ -111,12 +114,12 @@ def metrics(y_true, y_score, thresholds, *, probability=True):
     (of the positive class), fnr, fpr. Undefined values are NaN. Use `probability=False` for scores outside [0, 1].
     """
     truth, score = check(y_true, y_score, probability=probability)
-    found = _all_metrics(truth, score, np.ones((1, truth.size)), thresholds, probability)
+    found = _all_metrics(truth, score, np.ones((truth.size, 1)), thresholds, probability)
     return {name: float(value[0]) for name, value in found.items()}
 
 
 def patient_weights(y_true, patient_id, num_resamples, seed):
-    """Return how often each image is drawn when whole patients are drawn: float `(<= num_resamples, n)`.
+    """Return how often each image is drawn when whole patients are drawn: float `(n, <= num_resamples)`.
 
     Resamples that hold one class only are dropped, not redrawn; it is an error when a tenth of them are.
     """
@@ -127,10 +130,10 @@ def patient_weights(y_true, patient_id, num_resamples, seed):
     drawn = np.random.default_rng(seed).integers(len(patients), size=(num_resamples, len(patients)))
     drawn += np.arange(num_resamples)[:, None] * len(patients)
     counts = np.bincount(drawn.ravel(), minlength=num_resamples * len(patients))
-    weight = counts.reshape(num_resamples, -1)[:, codes].astype(float)
-    weight = weight[(weight @ truth > 0) & (weight @ ~truth > 0)]
-    if len(weight) < 0.9 * num_resamples:  # about three patients of each class
-        raise ValueError(f"Only {len(weight)} of {num_resamples} resamples of patients hold both classes: "
+    weight = counts.reshape(num_resamples, -1).T.astype(float)[codes]
+    weight = weight[:, (truth @ weight > 0) & (~truth @ weight > 0)]
+    if weight.shape[1] < 0.9 * num_resamples:  # about three patients of each class
+        raise ValueError(f"Only {weight.shape[1]} of {num_resamples} resamples of patients hold both classes: "
                          "too few patients of one class for an interval.")
     return weight
 
