@@ -20,6 +20,7 @@ class Profile:
     Attributes:
         name: `smoke` or `full`.
         num_seeds: repetitions of each configuration.
+        num_grid_seeds: repetitions of each cell of a wide comparison (`NUM_SEEDS` overrides both).
         strict: whether a record made by other code is made again.
         max_image_size: largest image side in pixels, or `None`.
         max_epochs: largest number of epochs, or `None`.
@@ -28,6 +29,7 @@ class Profile:
 
     name: str
     num_seeds: int
+    num_grid_seeds: int
     strict: bool
     max_image_size: int | None = None
     max_epochs: int | None = None
@@ -41,8 +43,8 @@ class Profile:
 
 
 PROFILES = {
-    "smoke": Profile("smoke", num_seeds=2, strict=True, max_image_size=64, max_epochs=6),
-    "full": Profile("full", num_seeds=5, strict=False),
+    "smoke": Profile("smoke", num_seeds=2, num_grid_seeds=1, strict=True, max_image_size=64, max_epochs=6),
+    "full": Profile("full", num_seeds=5, num_grid_seeds=3, strict=False),
 }
 
 
@@ -86,6 +88,6 @@ def start(notebook, *, profile="smoke", data="phantom", seed=0, num_seeds=None, 
         source = ":".join(part if part in sources.SOURCES or pathlib.Path(part).is_absolute() else str(root() / part)
                           for part in source.split(":"))
     official = sources.load_manifest(source, cache_dir=cache)
-    count = num_seeds or chosen.num_seeds
+    counts = [num_seeds or count for count in (chosen.num_seeds, chosen.num_grid_seeds)]
     return records.Run(notebook, chosen, run_directory(profile, data), cache, official,
-                       splits.assign(official, seed=0), list(range(seed, seed + count)))
+                       splits.assign(official, seed=0), *(list(range(seed, seed + count)) for count in counts))

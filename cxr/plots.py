@@ -48,7 +48,8 @@ def _mark(axis, lines, *, top, step):
     for k, (x, text) in enumerate(lines.values()):
         axis.axvline(x, color=INK, lw=1, ls="--")
         axis.annotate(text.replace("_", " "), (x, top + k * step), (5, 0), xycoords=("data", "axes fraction"),
-                      textcoords="offset points", fontsize=9, va="center")
+                      textcoords="offset points", fontsize=9, va="center",
+                      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
 
 
 @_styled
@@ -88,6 +89,23 @@ def histogram(groups, *, thresholds=None, xlabel="score", bins=40):
     _mark(axis, {name: (threshold, name) for name, threshold in (thresholds or {}).items()}, top=0.97, step=-0.09)
     axis.set(xlabel=xlabel, ylabel="density")
     axis.legend()
+    return figure
+
+
+@_styled
+def grey_levels(variants, labels):
+    """Show the grey-level distribution by class, one panel a variant: solid for abnormal images, dashed for normal ones.
+
+    `variants`: dict name -> float images `(n, ...)` in [0, 1]; `labels`: 0/1 `(n,)`.
+    """
+    figure, axes = plt.subplots(1, len(variants), figsize=(2.1 * len(variants), 2.4), sharey=True, squeeze=False)
+    for axis, (name, images) in zip(axes[0], variants.items(), strict=True):
+        for value, style, colour in ((1, "-", ABNORMAL), (0, "--", NORMAL)):
+            density, edges = np.histogram(images[np.asarray(labels) == value], 32, (0, 1), density=True)
+            axis.plot((edges[1:] + edges[:-1]) / 2, density, style, color=colour, lw=1.5)
+        axis.set_title(name.replace("_", " "), fontsize=9.5)
+        axis.set(xticks=[0, 1], yticks=[])
+    axes[0][0].set_ylabel("density")
     return figure
 
 
@@ -206,7 +224,7 @@ def confusion_matrix(y_true, decision, *, names=("normal", "pneumonia"), title="
 @_styled
 def reliability(y_true, probabilities):
     """Show observed against predicted share of pneumonia; `probabilities`: dict label -> float `(n,)` in [0, 1]."""
-    figure, axis = plt.subplots(figsize=(4.8, 4.4))
+    figure, axis = plt.subplots(figsize=(4.6, 4.3))
     axis.plot([0, 1], [0, 1], color=FAINT, lw=1, ls=":")
     for label, probability in probabilities.items():
         predicted, observed, count = evaluate.reliability_curve(y_true, probability)
@@ -219,33 +237,37 @@ def reliability(y_true, probabilities):
 
 
 @_styled
-def forest(rows, *, reference=None, xlabel="AUC on test, 95 % interval"):
-    """Show estimates with their intervals, one a line, under a heading for each section.
+def forest(rows, *, reference=None, xlabel="AUC on test, 95 % interval", narrow=False):
+    """Show estimates with their intervals, one a line, under a heading for each section; `narrow` for a phone.
 
     `rows`: list of dicts `label, value, low, high` (NaN limits draw the point alone) and, where wanted, `section`,
     `colour`, `seeds` (values drawn as small dots). `reference`: where a dotted vertical line stands, such as 0.
     """
     sections = dict.fromkeys(row.get("section", "") for row in rows)
     height = len(rows) + sum(bool(section) for section in sections)
-    figure, axis = plt.subplots(figsize=(9, 0.9 + 0.3 * height))
-    ticks, labels, across = [], [], axis.get_yaxis_transform()
+    figure, axis = plt.subplots(figsize=(4.1, 0.9 + 0.46 * height) if narrow else (9, 0.9 + 0.3 * height))
+    ticks, labels, across = [], [], {"transform": axis.get_yaxis_transform(), "va": "center"}
     for section in sections:
         if section:
-            axis.text(0, len(ticks), section, transform=across, va="center", fontweight="bold")
+            axis.text(0, len(ticks), section, fontweight="bold", **across)
             ticks, labels = [*ticks, len(ticks)], [*labels, ""]
         for row in (row for row in rows if row.get("section", "") == section):
             y, colour = len(ticks), row.get("colour", NORMAL)
-            axis.plot(row.get("seeds", []), [y] * len(row.get("seeds", [])), "o", color=colour, ms=3, alpha=0.45)
+            seeds = row.get("seeds", [])
+            axis.plot(seeds, [y + 0.24] * len(seeds), "o", color=colour, ms=2.5, alpha=0.6)
             axis.hlines(y, row["low"], row["high"], color=colour, lw=2.2)
             axis.plot(row["value"], y, "o", color=colour, ms=6.5, mec="white")
             text = "" if np.isnan(row["low"]) else f"  [{row['low']:.3f}, {row['high']:.3f}]"
-            axis.text(1.02, y, f"{row['value']:.3f}{text}", transform=across, va="center", fontsize=9)
-            ticks, labels = [*ticks, y], [*labels, row["label"]]
+            axis.text(1 if narrow else 1.02, y - 0.38 * narrow, f"{row['value']:.3f}{text}", fontsize=9,
+                      ha="right" if narrow else "left", **across)
+            if narrow:
+                axis.text(0, y - 0.38, row["label"], **across)
+            ticks, labels = [*ticks, y], [*labels, "" if narrow else row["label"]]
     if reference is not None:
         axis.axvline(reference, color=FAINT, lw=1, ls=":")
     axis.set_yticks(ticks, labels)
     axis.tick_params(axis="y", length=0)
-    axis.set(ylim=(height - 0.4, -0.6), xlabel=xlabel)
+    axis.set(ylim=(height - 0.4, -0.7), xlabel=xlabel)
     axis.grid(axis="y", visible=False)
     axis.spines["left"].set_visible(False)
     return figure
@@ -258,7 +280,7 @@ def operating_points(y_true, y_score, thresholds):
     The axis is spaced by the logit, because most probabilities of a trained network crowd at 0 and 1.
     """
     truth, place = np.asarray(y_true) == 1, lambda p: special.logit(np.clip(p, 1e-4, 1 - 1e-4))
-    figure, axis = plt.subplots(figsize=(7.5, 4))
+    figure, axis = plt.subplots(figsize=(6.8, 3.9))
     grid = np.linspace(place(0), place(1), 400)
     called = np.asarray(y_score)[:, None] >= special.expit(grid)
     axis.plot(grid, called[truth].mean(0), color=ABNORMAL, label="sensitivity")

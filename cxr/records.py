@@ -129,6 +129,7 @@ class Run:
         official: the manifest as loaded, in its official splits.
         manifest: the same images under the protocol (`splits.assign`).
         seeds: the seeds to repeat each configuration over.
+        grid_seeds: the same for the cells of a wide comparison.
     """
 
     notebook: str
@@ -138,6 +139,7 @@ class Run:
     official: pd.DataFrame
     manifest: pd.DataFrame
     seeds: list
+    grid_seeds: list
 
     @property
     def results(self):

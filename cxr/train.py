@@ -304,7 +304,7 @@ def predictions(model, manifest, images, shifted=None):
     return table.reset_index(drop=True)
 
 
-def repeat(run, variant, recipe, build, *, images=None, manifest=None, extra=None, oracle=False):
+def repeat(run, variant, recipe, build, *, images=None, manifest=None, extra=None, seeds=None, oracle=False):
     """Train `recipe` once for each seed of the run, or load what is finished; return the records.
 
     Args:
@@ -315,12 +315,14 @@ def repeat(run, variant, recipe, build, *, images=None, manifest=None, extra=Non
         images: uint8 `(n, size, size)` in the manifest's order, where they are not simply the run's.
         manifest: the split manifest, where it is not the run's own.
         extra: function `seed -> (images, labels)` of further training images.
+        seeds: list of int, where they are not `run.seeds`.
         oracle: also score the test set after each epoch of the first seed, for one figure that says so.
     """
     manifest = run.manifest if manifest is None else manifest
     one = functools.partial(_train_one, run, variant, recipe, build, images=images, manifest=manifest, extra=extra)
+    seeds = run.seeds if seeds is None else seeds
     return [run.load(run.run_id(variant, recipe.config(), seed, manifest))
-            or one(seed, oracle=oracle and seed == run.seeds[0]) for seed in run.seeds]
+            or one(seed, oracle=oracle and seed == seeds[0]) for seed in seeds]
 
 
 def _train_one(run, variant, recipe, build, seed, *, images, manifest, extra, oracle):
@@ -354,3 +356,27 @@ def _train_one(run, variant, recipe, build, seed, *, images, manifest, extra, or
                                "predict": round(time.monotonic() - trained, 2)})
     shutil.rmtree(folder)
     return record
+
+
+def rescore(run, variant, record, images):
+    """Return the record of a finished run's model on other images of the same patients, such as shifted ones.
+
+    Args:
+        run: `records.Run`.
+        variant: what a reader calls these images; it becomes part of the configuration.
+        record: of the run whose saved model is scored.
+        images: uint8 `(n, size, size)` in the manifest's order.
+
+    Raises:
+        FileNotFoundError: the model of `record` is not on this machine.
+    """
+    config = record["config"] | {"scored_on": variant}
+    if found := run.load(run.run_id(variant, config, record["seed"])):
+        return found
+    path = run.directory / "models" / f"{record['run_id']}.keras"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: models stay on the machine that trained them. "
+                                f"Move {record['run_id']}.json away and run the notebook again.")
+    start = time.monotonic()
+    table = predictions(keras.models.load_model(path, safe_mode=True), run.manifest, images)
+    return run.save(variant, config, record["seed"], table, seconds={"predict": round(time.monotonic() - start, 2)})

@@ -24,7 +24,7 @@ def run(tmp_path):
         "label": np.where(np.arange(n) % 2, "PNEUMONIA", "NORMAL"), "split": ["train"] * 20 + ["val"] * 20 + ["test"] * 20,
         "sha256": [f"{k:064}" for k in range(n)]})
     manifest.attrs = {"source": "made", "synthetic": True, "unreadable": [{"image_id": "bad.png", "path": "bad.png", "reason": "empty"}]}
-    return records.Run("02_test", config.PROFILES["smoke"], tmp_path, tmp_path, manifest, manifest, [0])
+    return records.Run("02_test", config.PROFILES["smoke"], tmp_path, tmp_path, manifest, manifest, [0], [0])
 
 
 def scores(run, seed=0):

@@ -149,7 +149,7 @@ def run(tmp_path):
         "label": np.where(labels == 1, "PNEUMONIA", "NORMAL"), "split": ["train"] * 50 + ["val"] * 20 + ["test"] * 20,
         "sha256": [f"{k:064}" for k in range(90)]})
     manifest.attrs = {"source": "easy", "synthetic": True, "unreadable": []}
-    made = records.Run("02_test", config.PROFILES["smoke"], tmp_path, tmp_path, manifest, manifest, [0, 1])
+    made = records.Run("02_test", config.PROFILES["smoke"], tmp_path, tmp_path, manifest, manifest, [0, 1], [0])
     return made, images
 
 
