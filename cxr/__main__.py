@@ -24,7 +24,7 @@ def _parser():
     commands = parser.add_subparsers(required=True, metavar="{phantom,audit,report}")
     _phantom_parser(commands.add_parser("phantom", help="write a set of synthetic chest X-rays"))
     audit = commands.add_parser("audit", help="look for copies, shared patients, unreadable files and shortcuts")
-    audit.add_argument("source", help="phantom, kaggle, pneumoniamnist, a folder, an .npz file, or several joined by ':'")
+    audit.add_argument("source", help="phantom, kaggle, pneumoniamnist, a folder or .npz, or several joined by ':'")
     audit.add_argument("--json", metavar="FILE", help="also write what was found as JSON")
     audit.add_argument("--cache", metavar="DIR", help="where decoded images are kept (default: runs/cache)")
     audit.set_defaults(command=_audit)

@@ -39,7 +39,7 @@ def decode(content, *, size=None):
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(f"decompression bomb: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"not an image: the file starts with {content[:8]!r}") from error
+        raise ValueError(f"not an image, or only the beginning of one: it starts with {content[:8]!r}") from error
     _check_pixels(image.width, image.height)
     complete = content[-64:].rstrip(b"\0\r\n").endswith(_END.get(image.format, b"never"))
     if complete and image.mode in ("L", "RGB"):  # OpenCV is faster, but may fill up what is missing without a word

@@ -20,8 +20,8 @@ _NEIGHBOURS = 3
 
 def exact_groups(manifest, column="pixel_sha256"):
     """Return the sorted lists of `image_id` that share `column`: `sha256` (bytes) or `pixel_sha256` (pixels)."""
-    groups = manifest.groupby(column)["image_id"].agg(sorted)
-    return sorted(groups[groups.str.len() > 1])
+    groups = manifest[manifest.duplicated(column, keep=False)].groupby(column)["image_id"]
+    return sorted(sorted(part) for _, part in groups)
 
 
 def near_pairs(images):
