@@ -94,7 +94,7 @@ def histogram(groups, *, thresholds=None, xlabel="score", bins=40):
 
 @_styled
 def grey_levels(variants, labels):
-    """Show the grey-level distribution by class, one panel a variant: solid for abnormal images, dashed for normal ones.
+    """Show the grey-level distribution by class, one panel a variant: solid for abnormal images, dashed for normal.
 
     `variants`: dict name -> float images `(n, ...)` in [0, 1]; `labels`: 0/1 `(n,)`.
     """
@@ -131,7 +131,7 @@ def training_curves(histories):
 
     `histories`: dict label -> list of `{"loss", "val_loss", "auc", "val_auc"}` (floats per epoch), one for each seed.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 3.4))
     for (label, runs), colour in zip(histories.items(), CYCLE * 9, strict=False):
         for axis, name in zip(axes, ("loss", "auc"), strict=True):
             for key, dashes in ((name, "--"), (f"val_{name}", "-")):
@@ -145,7 +145,7 @@ def training_curves(histories):
     for axis, name in zip(axes, ("loss", "AUC"), strict=True):
         axis.set(xlabel="epoch", title=name)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[1].legend(loc="lower right")
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
