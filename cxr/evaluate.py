@@ -130,7 +130,7 @@ def patient_weights(y_true, patient_id, num_resamples, seed):
     drawn = np.random.default_rng(seed).integers(len(patients), size=(num_resamples, len(patients)))
     drawn += np.arange(num_resamples)[:, None] * len(patients)
     counts = np.bincount(drawn.ravel(), minlength=num_resamples * len(patients))
-    weight = counts.reshape(num_resamples, -1).T.astype(float)[codes]
+    weight = counts.reshape(num_resamples, len(patients)).T.astype(float)[codes]
     weight = weight[:, (truth @ weight > 0) & (~truth @ weight > 0)]
     if weight.shape[1] < 0.9 * num_resamples:  # about three patients of each class
         raise ValueError(f"Only {weight.shape[1]} of {num_resamples} resamples of patients hold both classes: "

@@ -1,14 +1,23 @@
 """Tables and pages are made only from records that hold, and say what may be said."""
 
+import dataclasses
+import gzip
+import json
 import pathlib
+import re
+
+import matplotlib
+
+matplotlib.use("Agg")
 
 import numpy as np
 import pandas as pd
+import pytest
 
-from cxr import config, records
+from cxr import compare, config, evaluate, records, report
 
 
-def manifest(n=150, synthetic=True, source="phantom"):
+def manifest(n=100, synthetic=True, source="phantom"):
     """A split manifest, as far as records read it."""
     rng, parts = np.random.default_rng(0), []
     for split in ("train", "val", "test", "test_duplicate"):
@@ -36,10 +45,10 @@ def scores(table, strength, seed, shift=0.5, purpose="classify", shifted=True):
 
 def fake_run(directory, notebook, data=None, seeds=(0, 1, 2)):
     """A run as a notebook opens it."""
-    data = manifest() if data is None else data
-    folder = pathlib.Path(directory)
-    return records.Run(notebook=notebook, profile=config.PROFILES["smoke"], directory=folder, cache=folder,
-                       official=data, manifest=data, seeds=list(seeds))
+    data, folder = manifest() if data is None else data, pathlib.Path(directory)
+    known = {"notebook": notebook, "profile": config.PROFILES["smoke"], "directory": folder, "cache": folder,
+             "official": data, "manifest": data}
+    return records.Run(**{field.name: known.get(field.name, list(seeds)) for field in dataclasses.fields(records.Run)})
 
 
 def add(run, variant, strength, *, purpose="classify", split="patient", shift=0.5, **extra):
@@ -55,3 +64,217 @@ def add_baselines(run):
     for variant, y_score in (("always pneumonia", 1.0), ("blur score", table["y_score"]),
                              ("mean grey level", table["y_score"].to_numpy()[::-1])):
         run.save(variant, {"split": "patient"}, 0, table.assign(y_score=y_score), purpose="baseline")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A results folder with baselines, two notebooks and anomaly scores, on phantoms."""
+    folder = tmp_path_factory.mktemp("runs")
+    add_baselines(fake_run(folder, "01_dedup_augment", seeds=(0,)))
+    baseline = fake_run(folder, "02_baseline_cnn")
+    add(baseline, "seed recipe", 0.9, split="image", shift=2,
+        history={"loss": [2, 1], "val_loss": [2, 1], "auc": [0.6, 0.7], "val_auc": [0.6, 0.7]})
+    add(baseline, "lab recipe", 2.0)
+    strategies = {"none": 1.5, "rotation": 1.5001, "class brightness": 0.1, "<b>tags & such</b>": 1.6}
+    for variant, strength in strategies.items():
+        add(fake_run(folder, "03_augmented_cnn"), variant, strength)
+    add(fake_run(folder, "08_autoencoder", seeds=(0, 1)), "seed recipe", 0.4, purpose="anomaly")
+    return folder / "results"
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """The same folder, free to be changed."""
+    for path in made.rglob("*.*"):
+        target = tmp_path / path.relative_to(made)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def loaded(made):
+    return report.load(made)
+
+
+def first(folder, pattern="02*"):
+    return sorted((folder / "records").glob(pattern))[0]
+
+
+def rewrite(path, change):
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def test_table_holds_means_over_seeds_and_the_interval_of_the_averaged_score(loaded):
+    rows = report.table(report.cohorts(loaded)[0])
+    group = rows.index[rows["variant"] == "lab recipe"][0]
+    runs = report.by_group(loaded)[group]
+    aucs = [run["metrics"]["test"]["auc"]["value"] for run in runs]
+    row = rows.loc[group]
+    assert (row["auc"], row["auc_sd"]) == pytest.approx((np.mean(aucs), np.std(aucs, ddof=1))) and row["seeds"] == 3
+    average = compare.seed_average(report.frames(runs))
+    expected = evaluate.bootstrap_auc(average["y_true"], average["y_score"], average["patient_id"])
+    assert (row["averaged"], row["low"], row["high"]) == expected[:3]
+    assert row["gap"] == pytest.approx(row["val_auc"] - row["auc"])
+    assert list(rows["variant"][:3]) == ["blur score", "always pneumonia", "mean grey level"], "baselines stand on top"
+    assert rows.loc[rows["variant"] == "always pneumonia", "accuracy"].item() == pytest.approx(0.6)
+    assert rows.loc[rows["purpose"] == "anomaly", "threshold"].item() == "normal_95"
+
+
+def test_only_the_notebooks_asked_for_are_read(copied):
+    (copied / "records" / "99_broken-00000000-s0.json").write_text("{")
+    assert {record["notebook"] for record in report.load(copied, notebooks=("08",))} == {"08_autoencoder"}
+    with pytest.raises(report.ReportError, match="99_broken"):
+        report.load(copied, notebooks=("08", "99"))
+
+
+@pytest.mark.parametrize("intervals", [True, False])
+def test_a_changed_number_stops_the_report(copied, intervals):
+    path = first(copied)
+    auc = json.loads(path.read_text())["metrics"]["test"]["auc"]["value"]
+    rewrite(path, lambda record: record["metrics"]["test"]["auc"].update(value=auc + 1e-4))
+    with pytest.raises(report.ReportError, match=rf"{path.name}: metrics.test.auc.value"):
+        report.load(copied, intervals=intervals)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda r: r["metrics"]["test"]["auc"].update(low=0.1), "metrics.test.auc.low"),
+    (lambda r: r["metrics"].pop("val"), "absent"), (lambda r: r["thresholds"].update(youden=0.9), "thresholds.youden"),
+    (lambda r: r["calibration"].update(temperature=1.0), "calibration"), (lambda r: r.pop("thresholds"), "lacks"),
+    (lambda r: r.update(schema=0), "schema 0"), (lambda r: r.update(run_id="x-s0"), "run_id x-s0"),
+    (lambda r: r["predictions"].update(sha256="0"), "does not match the hash"),
+    (lambda r: r.pop("predictions"), "not a record"),
+    (lambda r: r["data"].update(source="another"), "mixes the data sources")])
+def test_whatever_does_not_hold_is_named(copied, change, message):
+    rewrite(first(copied), change)
+    with pytest.raises(report.ReportError, match=message):
+        report.load(copied, notebooks=("02",))
+
+
+def test_missing_and_changed_predictions_are_named(copied):
+    path = copied / json.loads(first(copied).read_text())["predictions"]["path"]
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(b",1,0", b",1,1", 1)))
+    with pytest.raises(report.ReportError, match=path.name):
+        report.load(copied, notebooks=("02",))
+    path.unlink()
+    with pytest.raises(report.ReportError, match=f"{path.name} is missing"):
+        report.load(copied, notebooks=("02",))
+
+
+def test_an_empty_folder_says_what_to_do(tmp_path):
+    with pytest.raises(report.ReportError, match="make reproduce"):
+        report.load(tmp_path)
+
+
+def test_a_table_does_not_mix_test_sets_but_cohorts_part_them(copied, tmp_path):
+    add(fake_run(tmp_path / "more", "07_dcgan", manifest(n=60), seeds=(0,)), "seed recipe", 1.0)
+    other = report.load(tmp_path / "more" / "results")
+    mixed = report.load(copied, notebooks=("02",)) + other
+    with pytest.raises(report.ReportError, match="manifest"):
+        report.table(mixed)
+    assert [len(cohort) for cohort in report.cohorts(mixed)] == [6, 1]
+    same_manifest = [record | {"data": mixed[0]["data"]} for record in mixed]
+    with pytest.raises(report.ReportError, match="test set"):
+        report.table(same_manifest)
+
+
+def test_better_is_written_only_where_the_corrected_p_allows_it(loaded):
+    strategies = [record for record in loaded if record["notebook"] == "03_augmented_cnn"]
+    reference = report.reference_of(report.table(strategies))
+    assert report.by_group(strategies)[reference][0]["variant"] == "none"
+    found = report.comparisons(strategies, reference).set_index("variant")
+    assert found.loc["class brightness", "verdict"] == "worse" and found.loc["class brightness", "high"] < 0
+    assert found.loc["rotation", "verdict"] == "not shown"
+    raw = compare.compare_groups(*([run["frame"] for run in strategies if run["variant"] == name]
+                                   for name in ("rotation", "none")))
+    assert found.loc["rotation", "p_bootstrap"] >= raw["difference"].p_value, "corrected upwards"
+    two_seeds = [record for record in strategies if record["seed"] < 2]
+    assert set(report.comparisons(two_seeds, reference)["verdict"]) == {"too few seeds"}
+    with pytest.raises(report.ReportError, match="no run group 'x'"):
+        report.comparisons(strategies, "x")
+
+
+def test_comparisons_stay_within_one_purpose(loaded):
+    group = next(record["group"] for record in loaded if record["variant"] == "lab recipe")
+    assert not report.comparisons(loaded, group)["variant"].isin(["blur score"]).any()
+
+
+def test_reported_numbers_stand_beside_the_same_variant(loaded):
+    beside = report.reported_vs_measured(loaded)
+    assert set(beside["what"]) == {"CNN"} and set(beside["split"]) == {"image"}
+    line = beside.set_index("metric").loc["accuracy"]
+    assert line["reported"] == 0.689 and line["low"] < 0.689 < line["high"]
+    runs = [record for record in loaded if record["variant"] == "seed recipe" and record["purpose"] == "classify"]
+    accuracies = [run["metrics"]["test_official"]["accuracy@half"]["value"] for run in runs]
+    assert line["measured"] == pytest.approx(np.mean(accuracies))
+
+
+def test_published_numbers_are_complete():
+    found = report.reported()
+    names = set(evaluate.metrics([0, 1], [0.2, 0.7], {"half": 0.5}))
+    for study in found["studies"]:
+        assert {"study", "what", "notebook", "variant", "n", "numbers", "note"} == set(study)
+        assert all(metric in names or f"{metric}@half" in names for metric in study["numbers"])
+        assert all(0 < value <= 1 for value in study["numbers"].values())
+    assert {study["study"] for study in found["studies"] + found["claims"]} == {"S0", "S1", "S2", "S3", "S4"}
+
+
+def test_headline_is_chosen_on_validation_or_named(copied):
+    loaded = report.load(copied, intervals=False)
+    rows = report.table(loaded)
+    group, why = report.headline(copied, rows)
+    able = rows[(rows["purpose"] == "classify") & (rows["split"] == "patient")]
+    assert group == able["shifted_auc"].idxmax() and "validation" in why
+    named = rows.index[rows["variant"] == "seed recipe"][0]
+    (copied / "headline.json").write_text(json.dumps({"run_group": named, "threshold": "youden"}))
+    assert report.headline(copied, rows) == (named, "named in headline.json")
+    assert "At “youden”" in report.answer(report.table(loaded, threshold="youden"), named, "")
+    (copied / "headline.json").write_text(json.dumps({"run_group": "nobody"}))
+    with pytest.raises(report.ReportError, match="nobody"):
+        report.headline(copied, rows)
+
+
+def test_readme_block_is_replaced_and_the_rest_stays(made, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.MARKERS[0]}\nold\n{report.MARKERS[1]}\nafter \\1\n")
+    report.update_readme(readme, made)
+    once = readme.read_text()
+    report.update_readme(readme, made)
+    assert readme.read_text() == once
+    assert once.startswith("before\n") and once.endswith("\nafter \\1\n") and "\nold\n" not in once
+    assert report.SYNTHETIC in once and "| lab recipe |" in once and "| always pneumonia |" in once
+    widths = {line.count("|") for line in once.splitlines() if line.startswith("|")}
+    assert len(widths) == 1, "every row of the table has the same cells"
+    readme.write_text("no markers")
+    with pytest.raises(report.ReportError, match="results:begin"):
+        report.update_readme(readme, made)
+
+
+def test_page_is_self_contained_escaped_and_says_that_phantoms_are_phantoms(made, loaded, tmp_path):
+    path = report.html(made, tmp_path / "report.html", loaded=loaded)
+    page = path.read_text()
+    assert not re.search(r"(src|href)=[\"'](?!data:|#)|@import|url\(", page), "nothing is fetched from elsewhere"
+    assert "<b>tags &amp; such</b>" not in page and "&lt;b&gt;tags &amp; such&lt;/b&gt;" in page
+    assert "Research and teaching, not diagnosis" in page
+    sections = re.findall(r"<section.*?</section>", page, re.DOTALL)
+    assert len(sections) > 7 and all(report.SYNTHETIC in section for section in sections)
+    assert page.count("Synthetic phantom.</b>") == page.count("<figcaption>") > 5
+    for words in ("always pneumonia", "class brightness", "no difference shown", "anomaly scores", "0.689"):
+        assert words in page
+    again = report.html(made, tmp_path / "again.html", loaded=loaded)
+    assert again.read_text() == page, "the same records give the same bytes"
+
+
+def test_page_of_real_images_does_not_call_them_synthetic(tmp_path):
+    run = fake_run(tmp_path, "02_baseline_cnn", manifest(n=60, synthetic=False, source="chest_xray"), seeds=(0,))
+    add(run, "lab recipe", 1.0)
+    page = report.html(run.results, tmp_path / "report.html").read_text()
+    assert "ynthetic" not in page and "chest_xray" in page
+
+
+def test_page_of_baselines_alone_can_be_made(tmp_path):
+    run = fake_run(tmp_path, "01_dedup_augment", manifest(n=60), seeds=(0,))
+    add_baselines(run)
+    assert "blur score" in report.html(run.results, tmp_path / "report.html").read_text()

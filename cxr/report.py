@@ -1,0 +1,258 @@
+"""The README's results and the HTML report, made from checked records; the tables are those of `cxr.tables`.
+
+Nothing is chosen on test: the headline is the run group that `headline.json` names, or else the one with the highest
+AUC on validation. Every figure and table of phantoms says so.
+"""
+
+import base64
+import io
+import json
+import pathlib
+import re
+
+import jinja2
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from cxr import compare, evaluate, plots, records
+from cxr.tables import (  # the one module whose names are passed on: a notebook needs `report` alone
+    MIN_SEEDS,
+    ReportError,
+    by_group,
+    cohorts,
+    comparisons,
+    frames,
+    load,
+    pretty,
+    reference_of,
+    reported,
+    reported_vs_measured,
+    table,
+    threshold_of,
+)
+
+MARKERS = "<!-- results:begin -->", "<!-- results:end -->"
+SYNTHETIC = "Synthetic phantoms, drawn by a program: these numbers test the code and say nothing about patients."
+
+
+def headline(results_dir, rows):
+    """Return `(run group, why)`: the group that `headline.json` names, else the best on validation, never on test."""
+    if named := _named(results_dir):
+        if named["run_group"] not in rows.index:
+            raise ReportError(f"{pathlib.Path(results_dir) / 'headline.json'} names {named['run_group']!r}, "
+                              f"which has no comparable record; there are {', '.join(rows.index)}.")
+        return named["run_group"], "named in headline.json"
+    purpose = next(name for name in ("classify", "anomaly", "baseline") if (rows["purpose"] == name).any())
+    able = rows[rows["purpose"] == purpose]
+    able = able[able["split"] == "patient"] if (able["split"] == "patient").any() else able  # shared patients flatter
+    column = "shifted_auc" if able["shifted_auc"].notna().all() else "val_auc"
+    where = "the shifted validation images" if column == "shifted_auc" else "validation"
+    return able[column].fillna(-1).idxmax(), f"chosen by its AUC on {where} alone"
+
+
+def _named(results_dir):
+    path = pathlib.Path(results_dir) / "headline.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def markdown_table(rows, *, most=6):
+    """Return `table` as a markdown table; of a notebook with many variants its reference and the best on validation."""
+    parts = []
+    for _, part in rows.groupby(rows["notebook"].where(rows["purpose"] != "baseline", ""), sort=True):
+        keep = part["val_auc"].fillna(0).nlargest(most).index.union([reference_of(part)])
+        parts.append(part[part.index.isin(keep)])
+    shown = pretty(pd.concat(parts)).drop(columns=["val. AUC", "ECE"])
+    lines = [list(shown.columns), ["---", "---", *["---:"] * (shown.shape[1] - 2)], *shown.to_numpy().tolist()]
+    left_out = len(rows) - len(shown)
+    return ("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+            + (f"\n\n{left_out} more variants stand in the report." if left_out else ""))
+
+
+def answer(rows, group, why):
+    """Return the headline as one sentence made of measured numbers."""
+    row = rows.loc[group]
+    spread = "" if pd.isna(row["auc_sd"]) else f" ± {row['auc_sd']:.3f}"
+    seeds = "one seed" if row["seeds"] == 1 else f"mean of {row['seeds']} seeds"
+    threshold = row["threshold"].replace("_", " ")
+    return (f"“{row['variant']}” (notebook {row['notebook'][:2]}, {why}) has AUC {row['auc']:.3f}{spread} on the test "
+            f"images ({seeds}; averaged score {row['averaged']:.3f}, 95 % interval {row['low']:.3f} to "
+            f"{row['high']:.3f}). At “{threshold}”, frozen on validation: accuracy {row['accuracy']:.3f}, "
+            f"sensitivity {row['sensitivity']:.3f}, specificity {row['specificity']:.3f}.")
+
+
+def verdict(found, reference):
+    """Return one sentence on a notebook's `comparisons` with its reference."""
+    if found.empty:
+        return "Nothing to compare within this notebook."
+    parts = []
+    for name, words in (("better", "Better"), ("worse", "Worse"), ("not shown", "No difference shown"),
+                        ("too few seeds", f"Fewer than {MIN_SEEDS} seeds, so no claim")):
+        listed = found[found["verdict"] == name].sort_values("difference", ascending=False)
+        each = [f"{row.variant} ({row.difference:+.3f}, p {p_text(row.p_bootstrap)})" for row in listed.itertuples()]
+        parts += [f"{words}: {', '.join(each)}."] if each else []
+    return f"AUC against “{reference}” (corrected p). " + " ".join(parts).replace("-0.", "−0.")
+
+
+def p_text(p):
+    """Return a p value as a reader wants it."""
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
+def update_readme(path, *results_dirs):
+    """Write the tables of the results folders between the markers of the README at `path`; the rest stays as it is."""
+    path = pathlib.Path(path)
+    begin, end = MARKERS
+    text, blocks = path.read_text(), []
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ReportError(f"{path} needs the lines {begin} and {end} once each, around the generated results.")
+    for folder in results_dirs:
+        loaded, threshold = load(folder), _named(folder).get("threshold", "sensitivity_95")
+        data = loaded[0]["data"]
+        rows = table(cohorts(loaded)[0], threshold=threshold)
+        blocks.append("\n\n".join([f"### {data['source']}", *([f"**{SYNTHETIC}**"] if data["synthetic"] else []),
+                                   answer(rows, *headline(folder, rows)), markdown_table(rows)]))
+    content = "\n\n".join([begin, *blocks, end])
+    records.write_atomic(path, re.sub(f"{begin}.*?{end}", lambda _: content, text, flags=re.DOTALL))
+
+
+def html(results_dir, out_path, *, loaded=None):
+    """Write the report of a results folder as one self-contained HTML file and return its path.
+
+    `loaded`: what `load(results_dir)` gave, where the caller has it already (checking takes about half a second a run).
+    """
+    page = _page(results_dir, load(results_dir) if loaded is None else loaded)
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True,
+                                     trim_blocks=True, lstrip_blocks=True)
+    environment.filters["p"] = p_text
+    records.write_atomic(out_path, environment.get_template("report.html.j2").render(page))
+    return pathlib.Path(out_path)
+
+
+def _picture(figure, caption, narrow=None):
+    """Return a figure as a data URI with its caption, and close it; `narrow`: the same figure drawn for a phone."""
+    buffer = io.StringIO()
+    with plt.rc_context({"svg.hashsalt": "cxr"}):  # the same figure gives the same bytes
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    encoded = base64.b64encode(buffer.getvalue().encode()).decode()
+    width = round(figure.get_figwidth() * (110 if narrow else 95))
+    return {"src": f"data:image/svg+xml;base64,{encoded}", "caption": caption, "width": width,
+            "narrow": narrow and _picture(narrow, caption)}
+
+
+def _forest(rows, *, caption, **options):
+    return _picture(plots.forest(rows, **options), caption, plots.forest(rows, narrow=True, **options))
+
+
+def forest_rows(rows, loaded, *, most=6):
+    """Return the rows of `plots.forest` for a `table`: trivial baselines, then notebook by notebook, `most` of each."""
+    groups, drawn = by_group(loaded), []
+    for (baseline, notebook), part in rows.groupby([rows["purpose"] != "baseline", "notebook"], sort=False):
+        best = part["val_auc"].fillna(0).nlargest(most).index.union([reference_of(part)])
+        for row in part[part.index.isin(best)].itertuples():
+            label = row.variant + (" (split by image)" if row.split == "image" else "")
+            drawn.append({"label": label, "value": row.averaged, "low": row.low, "high": row.high,
+                          "section": notebook.replace("_", " ") if baseline else "trivial baselines",
+                          "colour": plots.NORMAL if baseline else plots.FAINT,
+                          "seeds": [run["metrics"]["test"]["auc"]["value"] for run in groups[row.Index]]})
+    return drawn
+
+
+def curves(rows, loaded, *, chosen, most=5):
+    """Return label -> seed-averaged test rows: the chosen group, each notebook's best on validation, a baseline."""
+    groups = by_group(loaded)
+    able = rows[rows["val_auc"].notna()].sort_values("val_auc", ascending=False)
+    others = able[(able["purpose"] != "baseline") & (able["notebook"] != rows.loc[chosen, "notebook"])]
+    first = others.groupby("notebook", sort=False).head(1).index
+    baseline = able.index[able["purpose"] == "baseline"][:1]
+    picked = list(dict.fromkeys([chosen, *first]))[:most - 1] + [name for name in baseline if name != chosen]
+    return {f"{rows.loc[name, 'notebook'][:2]} {rows.loc[name, 'variant']}": compare.seed_average(frames(groups[name]))
+            for name in picked}
+
+
+def operating_table(runs):
+    """Return, for each frozen threshold of a run group, mean ± sd over seeds of what it gives on test, as strings."""
+    def cell(values):
+        values = np.array(values, float)
+        return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+
+    keys = ("sensitivity", "specificity", "accuracy", "ppv", "npv", "f1")
+    names = {"ppv": "PPV", "npv": "NPV", "f1": "F1"}
+    return pd.DataFrame([
+        {"threshold": name.replace("_", " "), "value": cell([run["thresholds"][name] for run in runs]),
+         **{key: cell([run["metrics"]["test"][f"{key}@{name}"]["value"] for run in runs]) for key in keys}}
+        for name in runs[0]["thresholds"]]).rename(columns=names)
+
+
+def _section(part, loaded, baselines, note, threshold):
+    """One notebook: its table with the trivial baselines, what helped against its reference, and both as figures."""
+    reference = reference_of(part)
+    found = comparisons([run for run in loaded if run["group"] in part.index], reference, threshold=threshold)
+    section = {"title": part["notebook"].iloc[0].replace("_", " "), "anomaly": (part["purpose"] == "anomaly").all(),
+               "table": pretty(pd.concat([part, baselines])).drop(columns="notebook"), "comparisons": found,
+               "reference": part.loc[reference, "variant"], "sentence": verdict(found, part.loc[reference, "variant"])}
+    if len(found) > 1:
+        ranked = found.rename(columns={"variant": "label", "difference": "value"}).drop(columns="seeds")
+        section["figure"] = _forest(
+            ranked.sort_values("value", ascending=False).to_dict("records"), reference=0, synthetic=note,
+            xlabel=f"difference in AUC to “{section['reference']}”",
+            caption="Difference in test AUC, 95 % interval over patients and seeds; right of the dots is better.")
+    return section
+
+
+def _headline_figures(runs, note, threshold):
+    """Operating points, confusion matrix, calibration and training curves of the headline's run group."""
+    average = compare.seed_average([run["frame"] for run in runs])
+    thresholds = evaluate.frame_thresholds(average, runs[0]["purpose"])
+    test, name = average[average["split"] == "test"], threshold_of(runs[0], threshold)
+    confusion = plots.confusion_matrix(test["y_true"], test["y_score"] >= thresholds[name], synthetic=note)
+    found = {"confusion": _picture(confusion, f"Decisions of the seed-averaged score at “{name.replace('_', ' ')}”.")}
+    if runs[0]["purpose"] == "classify":
+        val = average[average["split"] == "val"]
+        temperature = evaluate.fit_temperature(val["y_true"], val["y_score"])
+        calibrated = evaluate.apply_temperature(test["y_score"], temperature)
+        found["operating"] = _picture(
+            plots.operating_points(test["y_true"], test["y_score"], thresholds, synthetic=note),
+            "Sensitivity and specificity on test for every threshold; dashed: thresholds frozen on validation.")
+        found["reliability"] = _picture(
+            plots.reliability(test["y_true"], {"raw": test["y_score"], f"divided by {temperature:g}": calibrated},
+                              synthetic=note), "Calibration on test; the temperature comes from validation.")
+    if runs[0].get("history"):
+        found["training"] = _picture(plots.training_curves({"": [run["history"] for run in runs]}, synthetic=note),
+                                     "Training, thin lines: single seeds; thick: their mean.")
+    return found
+
+
+def _page(results_dir, loaded):
+    """Everything the template shows, from checked records."""
+    threshold = _named(results_dir).get("threshold", "sensitivity_95")
+    data, (main, *others) = loaded[0]["data"], cohorts(loaded)
+    note, rows = data["synthetic"], table(main, threshold=threshold)
+    chosen, why = headline(results_dir, rows)
+    baselines = rows[rows["purpose"] == "baseline"]
+    sections = [_section(part, main, baselines, note, threshold)
+                for _, part in rows[rows["purpose"] != "baseline"].groupby(["purpose", "notebook"], sort=False)]
+    for cohort in others:
+        extra = table(cohort, threshold=threshold)
+        trivial = extra["purpose"] == "baseline"
+        sections += [_section(part, cohort, extra[trivial], note, threshold) | {"other_test_set": True}
+                     for _, part in extra[~trivial].groupby(["purpose", "notebook"], sort=False)]
+    shown, runs = curves(rows, main, chosen=chosen), by_group(main)[chosen]
+    pairs = {label: (test["y_true"], test["y_score"]) for label, test in shown.items()}
+    name = threshold_of(runs[0], threshold)
+    point = {next(iter(pairs)): {name: float(np.mean([run["thresholds"][name] for run in runs]))}}
+    negative = [(section["title"], section["reference"], row) for section in sections if len(section["comparisons"])
+                for row in section["comparisons"].itertuples() if row.verdict in ("worse", "not shown")]
+    return {
+        "data": data, "note": SYNTHETIC if note else "", "answer": answer(rows, chosen, why), "row": rows.loc[chosen],
+        "beside": reported_vs_measured(main), **{key: reported()[key] for key in ("claims", "references")},
+        "forest": _forest(forest_rows(rows, main), reference=0.5, synthetic=note, xlabel="AUC on test",
+                          caption="AUC of the seed-averaged score on test with its 95 % interval over patients; small "
+                                  "dots: single seeds; grey: no training at all; dotted line: chance."),
+        "curves": _picture(plots.roc_and_precision_recall(pairs, thresholds=point, synthetic=note),
+                           "Seed-averaged scores on test; the dot is the headline at its threshold."),
+        "figures": _headline_figures(runs, note, threshold), "operating": operating_table(runs), "sections": sections,
+        "negative": negative, "records": loaded, "num_groups": len(by_group(loaded)), "num_test": runs[0]["num_test"],
+        "calibration": {key: np.mean([run["calibration"][key] for run in runs]) for key in runs[0]["calibration"]},
+    }

@@ -1,0 +1,232 @@
+"""Comparison tables made from records and predictions alone; every number is recomputed before it is shown."""
+
+import collections
+import json
+import pathlib
+
+import numpy as np
+import pandas as pd
+
+from cxr import compare, evaluate, records
+
+FIELDS = {"schema", "run_id", "notebook", "variant", "profile", "seed", "purpose", "data", "config", "environment",
+          "metrics", "thresholds", "predictions"}
+ALPHA, MIN_SEEDS, TOLERANCE = 0.05, 3, 1e-6
+
+
+class ReportError(ValueError):
+    """A record, its predictions, or a mixture of records that no table may be made from."""
+
+
+def load(results_dir, *, notebooks=("",), intervals=True):
+    """Return the records under `results_dir/records`, each with its predictions table as `record["frame"]`.
+
+    Args:
+        results_dir: folder with `records/` and `predictions/`.
+        notebooks: how the names of the notebooks wanted begin, such as `("01", "02")`; all by default.
+        intervals: whether the bootstrap intervals are recomputed too, about half a second a record.
+
+    Raises:
+        ReportError: no record; a field, the predictions or their hash is missing or wrong; a stored number differs from
+            the recomputed one; or several data sources in one folder. The message names the file.
+    """
+    root = pathlib.Path(results_dir)
+    paths = [path for path in sorted((root / "records").glob("*.json")) if path.name.startswith(tuple(notebooks))]
+    if not paths:
+        raise ReportError(f"{root / 'records'} holds no record: run the notebooks first (make reproduce).")
+    loaded = [_load_one(path, root, intervals) for path in paths]
+    if len(sources := {record["data"]["source"] for record in loaded}) > 1:
+        raise ReportError(f"{root} mixes the data sources {sorted(sources)}: keep one folder for each.")
+    return loaded
+
+
+def _load_one(path, root, intervals):
+    try:
+        record = records.read_record(path, root=root)
+        frame = records.read_predictions(root / record["predictions"]["path"])
+    except (ValueError, OSError) as error:
+        raise ReportError(str(error)) from error
+    if missing := FIELDS - record.keys():
+        raise ReportError(f"{path} lacks {sorted(missing)}: it is not a record of schema {records.SCHEMA}.")
+    if record["schema"] != records.SCHEMA or record["run_id"] != path.stem:
+        raise ReportError(f"{path} has schema {record['schema']} and run_id {record['run_id']}; "
+                          f"expected {records.SCHEMA} and {path.stem}.")
+    if record["purpose"] != "generate":
+        _verify(record, frame, path, intervals)
+    test = frame[frame["split"] == "test"].sort_values("image_id")
+    return record | {"frame": frame, "group": record["run_id"].rsplit("-s", 1)[0], "num_test": len(test),
+                     "test_sha256": records.canonical_sha256(test[["image_id", "y_true"]].values.tolist())}
+
+
+def _verify(record, frame, path, intervals):
+    """Recompute every number of a record from its predictions and compare."""
+    found = _leaves(evaluate.record_metrics(frame, purpose=record["purpose"], num_resamples=1000 * intervals))
+    stored = _leaves({block: record.get(block, {}) for block in ("metrics", "thresholds", "calibration")})
+    for name in sorted(found.keys() | stored.keys()):
+        pair = [np.nan if (value := side.get(name, "absent")) is None else value for side in (stored, found)]
+        if not intervals and name.endswith((".low", ".high")):
+            continue
+        if "absent" in pair or not np.isclose(*pair, rtol=0, atol=TOLERANCE, equal_nan=True):
+            raise ReportError(f"{path}: {name} is {pair[0]}, but its predictions give {pair[1]}.")
+
+
+def _leaves(value, name=""):
+    if not isinstance(value, dict):
+        return {name: value}
+    parts = (_leaves(part, f"{name}.{key}".strip(".")) for key, part in value.items())
+    return {leaf: found for part in parts for leaf, found in part.items()}
+
+
+def by_group(loaded):
+    """Return run group -> its records by seed; `<notebook>-<config8>` is one configuration."""
+    groups = collections.defaultdict(list)
+    for record in sorted(loaded, key=lambda record: (record["group"], record["seed"])):
+        groups[record["group"]].append(record)
+    return dict(groups)
+
+
+def frames(runs, split="test"):
+    """Return the rows of one split of each run's predictions."""
+    return [run["frame"][run["frame"]["split"] == split] for run in runs]
+
+
+def threshold_of(record, threshold="sensitivity_95"):
+    """Return the name of the threshold to report: `normal_95` of anomaly scores, else `threshold` if there is one."""
+    order = ["normal_95", threshold] if record["purpose"] == "anomaly" else [threshold, "sensitivity_95", "half"]
+    return next(name for name in order if name in record["thresholds"])
+
+
+def cohorts(loaded):
+    """Return lists of records that share manifest and test set, the largest first: what may stand in one table."""
+    found = collections.defaultdict(list)
+    for record in loaded:
+        if record["purpose"] != "generate":
+            found[record["data"]["manifest_sha256"], record["test_sha256"]].append(record)
+    return sorted(found.values(), key=len, reverse=True)
+
+
+def table(loaded, *, threshold="sensitivity_95"):
+    """Return one row for each run group: means over seeds, and the interval of the seed-averaged score.
+
+    Columns: `notebook, variant, purpose, split, seeds, auc, auc_sd, averaged, low, high` (AUC of the seed-averaged
+    score with its patient-bootstrap interval), `accuracy_half, threshold, accuracy, sensitivity, specificity, val_auc,
+    shifted_auc, gap` (validation minus test AUC), `ece`; the index is the run group. Absent numbers are NaN.
+
+    Raises:
+        ReportError: the records do not share data source, manifest and test set.
+    """
+    for field, values in {"source": {record["data"]["source"] for record in loaded},
+                          "manifest": {record["data"]["manifest_sha256"] for record in loaded},
+                          "test set": {record["test_sha256"] for record in loaded}}.items():
+        if len(values) > 1:
+            raise ReportError(f"One table cannot mix {len(values)} values of {field}: "
+                              f"{', '.join(sorted({record['group'] for record in loaded})[:6])} …")
+    rows = {group: _row(runs, threshold) for group, runs in by_group(loaded).items()}
+    found = pd.DataFrame.from_dict(rows, orient="index").rename_axis("run group")
+    order = found["purpose"].map({"baseline": 0, "classify": 1, "anomaly": 2})
+    return found.assign(order=order, high_first=-found["auc"]).sort_values(["order", "notebook", "high_first"]).drop(
+        columns=["order", "high_first"])
+
+
+def _row(runs, threshold):
+    first, name = runs[0], threshold_of(runs[0], threshold)
+
+    def values(key, split="test"):
+        found = [run["metrics"].get(split, {}).get(key, {}).get("value") for run in runs]
+        return np.array([np.nan if value is None else value for value in found])
+
+    auc, average = values("auc"), compare.seed_average(frames(runs))
+    estimate = evaluate.bootstrap_auc(average["y_true"], average["y_score"], average["patient_id"])
+    return {"notebook": first["notebook"], "variant": first["variant"], "purpose": first["purpose"],
+            "split": first["config"].get("split", "patient"), "seeds": len(runs), "auc": auc.mean(),
+            "auc_sd": auc.std(ddof=1) if len(runs) > 1 else np.nan,
+            "averaged": estimate.value, "low": estimate.low, "high": estimate.high,
+            "accuracy_half": values("accuracy@half").mean(), "threshold": name,
+            **{key: values(f"{key}@{name}").mean() for key in ("accuracy", "sensitivity", "specificity")},
+            "val_auc": values("auc", "val").mean(), "shifted_auc": values("auc", "val_shifted").mean(),
+            "gap": values("auc", "val").mean() - auc.mean(), "ece": values("ece").mean()}
+
+
+def pretty(rows):
+    """Return `table` as strings for a reader: what stands in the notebook, the README and the HTML report."""
+    number = lambda value, digits=3: "–" if pd.isna(value) else f"{value:.{digits}f}"  # noqa: E731
+    return pd.DataFrame([{
+        "notebook": row.notebook[:2], "variant": row.variant, "split by": row.split, "seeds": row.seeds,
+        "AUC": number(row.auc) + ("" if pd.isna(row.auc_sd) else f" ± {row.auc_sd:.3f}"),
+        "95 % interval": f"{number(row.low)}–{number(row.high)}", "accuracy at 0.5": number(row.accuracy_half),
+        "threshold": row.threshold.replace("_", " "), "accuracy": number(row.accuracy),
+        "sensitivity": number(row.sensitivity), "specificity": number(row.specificity),
+        "val. AUC": number(row.val_auc), "gap": number(row.gap), "ECE": number(row.ece)}
+        for row in rows.itertuples()])
+
+
+def reference_of(rows):
+    """Return the run group that a notebook's others are compared with: `none`, else the seed recipe, else the first."""
+    names = rows["variant"].str.lower()
+    for chosen in (names == "none", names == "seed recipe", names.str.startswith(("none", "seed recipe", "no "))):
+        if chosen.any():
+            return rows.index[chosen][0]
+    return rows.index[0]
+
+
+def comparisons(loaded, reference_group, *, threshold="sensitivity_95"):
+    """Return one row for each other run group of the reference's purpose: paired differences of the test AUC to it.
+
+    Columns: `variant, seeds, difference, low, high, p_bootstrap, p_delong, only_this, only_reference, p_mcnemar`
+    (images that only one side decides rightly at the frozen threshold), each p Holm-corrected over the table, and
+    `verdict`: `better` or `worse` where the corrected p of the patient bootstrap is below 0.05, `not shown` elsewhere,
+    and `too few seeds` with fewer than three on either side.
+    """
+    groups = by_group(loaded)
+    if reference_group not in groups:
+        raise ReportError(f"There is no run group {reference_group!r} to compare with; there are {', '.join(groups)}.")
+    base, rows = groups.pop(reference_group), {}
+    for group, runs in groups.items():
+        if runs[0]["purpose"] != base[0]["purpose"]:
+            continue
+        found = compare.compare_groups([run["frame"] for run in runs], [run["frame"] for run in base],
+                                       threshold=threshold_of(base[0], threshold), purposes=(base[0]["purpose"],) * 2)
+        seen, decided = found["difference"], found["mcnemar"] or compare.McNemar(0, 0, 1.0)
+        rows[group] = {"variant": runs[0]["variant"], "seeds": len(runs), "difference": seen.value, "low": seen.low,
+                       "high": seen.high, "p_bootstrap": seen.p_value, "p_delong": found["delong"].p_value,
+                       "only_this": decided.only_first, "only_reference": decided.only_second,
+                       "p_mcnemar": decided.p_value}
+    result = pd.DataFrame.from_dict(rows, orient="index").rename_axis("run group")
+    if rows:
+        result = result.sort_values("difference", ascending=False)
+        for column in ("p_bootstrap", "p_delong", "p_mcnemar"):
+            result[column] = compare.holm(result[column])
+        sign = np.where(result["difference"] > 0, "better", "worse")
+        result["verdict"] = np.where(result["p_bootstrap"] < ALPHA, sign, "not shown")
+        result.loc[(result["seeds"] < MIN_SEEDS) | (len(base) < MIN_SEEDS), "verdict"] = "too few seeds"
+    return result
+
+
+def reported():
+    """Return what the five studies and the literature report: dict of lists `studies`, `claims`, `references`."""
+    return json.loads(pathlib.Path(__file__).with_name("reported.json").read_text())
+
+
+def reported_vs_measured(loaded):
+    """Return one row for each published number of the five studies whose variant was run here.
+
+    Columns: `study, what, metric, reported, low, high` (Wilson's interval, of accuracies), `split, seeds, measured, sd,
+    smallest, largest` (over seeds), `note`. Published numbers are at 0.5 and, where they use all 624 images, stand
+    beside our AUC and accuracy on all of them; the rest is on the test set without duplicates.
+    """
+    rows = []
+    for study in reported()["studies"]:
+        for runs in by_group(loaded).values():
+            if (runs[0]["notebook"], runs[0]["variant"].lower()) != (study["notebook"], study["variant"].lower()):
+                continue
+            for metric, value in study["numbers"].items():
+                key = "auc" if metric == "auc" else f"{metric}@half"
+                split = "test_official" if study["n"] == 624 and metric in ("auc", "accuracy") else "test"
+                found = np.array([run["metrics"][split][key]["value"] for run in runs], float)
+                limits = evaluate.wilson(round(value * study["n"]), study["n"]) if metric == "accuracy" else None
+                rows.append({"study": study["study"], "what": study["what"], "metric": metric, "reported": value,
+                             "low": limits.low if limits else np.nan, "high": limits.high if limits else np.nan,
+                             "split": runs[0]["config"].get("split", "patient"), "seeds": len(runs),
+                             "measured": found.mean(), "sd": found.std(ddof=1) if len(found) > 1 else np.nan,
+                             "smallest": found.min(), "largest": found.max(), "note": study["note"]})
+    return pd.DataFrame(rows)
