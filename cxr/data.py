@@ -158,7 +158,7 @@ def _reader(paths):
 
 
 def _threads(function, items, what):
-    with concurrent.futures.ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 2))) as pool:
         yield from tqdm.tqdm(pool.map(function, items), what, len(items), delay=3, mininterval=5, unit="file")
 
 
@@ -196,8 +196,8 @@ def write_cached(path, value):
 def load_images(manifest, size, *, letterbox=False, cache_dir=None):
     """Return the grey images of a manifest, decoded once in parallel and then mapped from the cache.
 
-    Images are squeezed to a square by area averaging, as the source studies did. A JPEG is decoded at a half, a quarter
-    or an eighth where both its sides still keep `2 * size`.
+    Images are squeezed to a square by area averaging, as the source studies did. A JPEG is decoded at a half or a
+    quarter where both its sides still keep `1.25 * size`.
 
     Args:
         manifest: rows of `load_manifest`, in any order; the result has the same.

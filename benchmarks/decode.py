@@ -1,0 +1,115 @@
+"""How fast megapixel JPEGs become arrays: `cxr.data` against `keras.utils.image_dataset_from_directory`.
+
+Both turn the same grey JPEGs into images of 180 px, in one run and in turns; the best of the turns counts. The files
+are phantoms enlarged to 1500 x 1200 with film grain, at 1.3 bits a pixel as in the originals of the real set. *Decode*
+is the first `load_images`, *cached* a later one. *Scan* and *scan again* are `load_manifest`, which hashes every file
+each time and measures it once for the audit; Keras has no counterpart.
+
+    python benchmarks/decode.py [--images 150] [--size 180] [--turns 5]
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import cv2
+import keras
+import numpy as np
+
+from cxr import data, phantom, records
+
+RESULT = pathlib.Path(__file__).parent / "results" / "decode.json"
+WIDTH, HEIGHT, GRAIN = 1500, 1200, 3.4
+
+
+def write_images(folder, count):
+    rng, films = np.random.default_rng(0), [phantom.render(seed, "normal", size=512).image for seed in range(8)]
+    for number in range(count):
+        image = cv2.resize(films[number % len(films)], (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+        image = np.clip(image + rng.normal(0, GRAIN, image.shape), 0, 255).astype(np.uint8)
+        path = folder / "train" / ("NORMAL", "PNEUMONIA")[number % 2] / f"{number:04d}.jpeg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, 90])
+    return sum(path.stat().st_size for path in folder.rglob("*.jpeg")) * 8 / (count * WIDTH * HEIGHT)
+
+
+def with_keras(folder, size):
+    batches = keras.utils.image_dataset_from_directory(folder / "train", color_mode="grayscale", shuffle=False,
+                                                       verbose=False, image_size=(size, size), batch_size=32)
+    return sum(len(images) for images, _ in batches)
+
+
+def copied(manifest, size, cache):
+    return np.array(data.load_images(manifest, size, cache_dir=cache))  # a memory map alone would read nothing
+
+
+def timed(function, *arguments, **options):
+    """Return what the function gave, and its seconds on the clock and on all processors together."""
+    clock, processor = time.perf_counter(), time.process_time()
+    value = function(*arguments, **options)
+    return value, time.perf_counter() - clock, time.process_time() - processor
+
+
+def measure(folder, size, turns):
+    """Return the least seconds (clock, processor) of each way over the turns."""
+    cache = folder.parent / "cache"
+    seen = {name: [] for name in ("keras", "scan", "decode", "scan again", "cached")}
+    with_keras(folder, 32)  # neither side pays for start-up or a cold disk
+    for _ in range(turns):
+        for path in cache.glob("*"):
+            path.unlink()
+        count, *spent = timed(with_keras, folder, size)
+        seen["keras"].append(spent)
+        manifest, *spent = timed(data.load_manifest, folder, cache_dir=cache)
+        seen["scan"].append(spent)
+        images, *spent = timed(data.load_images, manifest, size, cache_dir=cache)
+        seen["decode"].append(spent)
+        _, *spent = timed(data.load_manifest, folder, cache_dir=cache)
+        seen["scan again"].append(spent)
+        again, *spent = timed(copied, manifest, size, cache)
+        seen["cached"].append(spent)
+        assert count == len(images) == len(again) == len(manifest), "both sides must have read every file"
+    return {name: [min(column) for column in zip(*spent, strict=True)] for name, spent in seen.items()}
+
+
+def machine():
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), "keras": keras.__version__,
+            "backend": keras.backend.backend(), "opencv": cv2.__version__, "numpy": np.__version__}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("images", 150), ("size", 180), ("turns", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary) / "set"
+        bits = write_images(folder, options.images)
+        seconds = measure(folder, options.size, options.turns)
+    faster = {name: round(seconds["keras"][0] / clock, 2) for name, (clock, _) in seconds.items()}
+    result = {"images": options.images, "pixels": [HEIGHT, WIDTH], "bits_per_pixel": round(bits, 2),
+              "size": options.size,
+              "seconds": {name: round(clock, 4) for name, (clock, _) in seconds.items()},
+              "processor_seconds": {name: round(spent, 4) for name, (_, spent) in seconds.items()},
+              "times_as_fast_as_keras": faster, "machine": machine()}  # fmt: skip
+    records.write_atomic(RESULT, json.dumps(result, indent=1) + "\n")
+    print(f"{options.images} JPEGs of {WIDTH} x {HEIGHT}, {bits:.2f} bits a pixel, to {options.size} px; "
+          f"{result['machine']['cpu']}, {os.cpu_count()} cores")
+    print(f"{'':<12}{'clock s':>10}{'processor s':>14}{'keras / this':>15}")
+    for name, (clock, spent) in seconds.items():
+        print(f"{name:<12}{clock:>10.3f}{spent:>14.3f}{faster[name]:>15.2f}")
+
+
+if __name__ == "__main__":
+    main()
