@@ -64,7 +64,7 @@ def test_any_film_is_whole_and_repeatable(seed, kind, size, marker, sharp, contr
     assert film.image.shape == film.lung_mask.shape == film.lesion_mask.shape == (size, size)
     assert (film.image.dtype, film.lung_mask.dtype, film.lesion_mask.dtype) == (np.uint8, bool, bool)
     assert all(np.array_equal(one, other) for one, other in zip(film, again, strict=True))
-    assert 0.1 < film.lung_mask.mean() < 0.6
+    assert 0.1 < film.lung_mask.mean() < 0.7
     assert not (film.lesion_mask & ~film.lung_mask).any()
     assert film.lesion_mask.any() <= (kind != "normal")
 
@@ -120,9 +120,11 @@ def test_one_patient_keeps_the_anatomy_another_does_not():
 
 
 def test_knobs_of_a_film():
-    for measure, knobs in ((sharpness, {"sharpness": 1.0}), (np.mean, {"exposure": 1.0}), (np.std, {"contrast": 1.5})):
-        pairs = zip(films("normal"), films("normal", **knobs), strict=True)
-        assert all(measure(plain.image) < measure(more.image) for plain, more in pairs)
+    plain = films("normal")
+    for measure, less, more in ((sharpness, films("normal", sharpness=0.0), plain),
+                                (np.mean, plain, films("normal", exposure=1.0)),
+                                (np.std, plain, films("normal", contrast=1.5))):  # fmt: skip
+        assert all(measure(a.image) < measure(b.image) for a, b in zip(less, more, strict=True))
     for marker, half in (("R", slice(0, 48)), ("L", slice(48, 96))):
         for marked, bare in zip(films("normal", marker=marker), films("normal", marker=None), strict=True):
             rows, columns = np.nonzero(marked.image != bare.image)
@@ -170,7 +172,7 @@ def test_masks_go_with_their_images(small):
     grey = np.stack([cv2.imread(path, cv2.IMREAD_GRAYSCALE) for path in table["path"]]).astype(float)
     own, others = (np.mean([image[mask].mean() for image, mask in zip(grey, masks, strict=True)])
                    for masks in (lung, np.roll(lung, 1, axis=0)))  # fmt: skip
-    assert own < others - 2
+    assert own < others - 1
 
 
 def test_masks_of_something_else(tmp_path):
