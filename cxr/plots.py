@@ -18,7 +18,7 @@ NORMAL, ABNORMAL, INK, FAINT = "#0072B2", "#D55E00", "#22303c", "#8795a1"
 CYCLE = [NORMAL, ABNORMAL, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4d4d4d"]
 NOTE = "Synthetic phantom: drawn by a program, not patients"
 STYLE = {
-    "figure.dpi": 90, "figure.constrained_layout.use": True, "figure.facecolor": "white", "font.size": 10.5,
+    "figure.dpi": 80, "figure.constrained_layout.use": True, "figure.facecolor": "white", "font.size": 10.5,
     "axes.prop_cycle": plt.cycler(color=CYCLE), "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.grid": True,
