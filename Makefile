@@ -100,12 +100,7 @@ bench: $(READY)  ## run every benchmark: both sides in one go, ratios
 # Without parameters papermill adds no cell: the outputs committed are those of the defaults, smoke on the phantom.
 notebooks: $(READY)  ## refresh the committed outputs from the smoke run
 	$(MAKE) reproduce PROFILE=smoke DATA=phantom SEED=0 NUM_SEEDS= IMAGE_SIZE= EPOCHS= NOTEBOOKS=
-	for name in $(ALL); do \
-	  $(PAPERMILL) notebooks/$$name.ipynb runs/smoke-phantom/notebooks/.$$name.fresh.ipynb; \
-	  $(VENV)/bin/nbstripout --keep-output --keep-count --extra-keys "metadata.papermill cell.metadata.papermill" \
-	    runs/smoke-phantom/notebooks/.$$name.fresh.ipynb; \
-	  mv runs/smoke-phantom/notebooks/.$$name.fresh.ipynb notebooks/$$name.ipynb; \
-	done
+	$(PYTHON) notebooks/refresh.py $(ALL)
 
 clean:  ## remove smoke runs and caches; full runs and the environment stay
 	rm -rf runs/smoke-* runs/cache .pytest_cache .ruff_cache .hypothesis
