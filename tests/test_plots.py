@@ -89,9 +89,12 @@ def test_confusion_counts_stand_in_their_cells():
     assert "normal\n(n = 4)" in written
 
 
-def test_forest_groups_by_section_and_prints_the_interval():
-    written = texts(FIGURES["forest"]())
-    assert {"first", "second", "0.910  [0.880, 0.940]", "0.620"} <= set(written)
+@pytest.mark.parametrize("narrow", [False, True])
+def test_forest_groups_by_section_and_prints_the_interval(narrow):
+    figure = plots.forest(ROWS, narrow=narrow)
+    written = {text.strip() for text in texts(figure)}
+    assert {"first", "second", "one", "two", "0.910  [0.880, 0.940]", "0.620"} <= written
+    assert (figure.get_figwidth() < 5) == narrow
 
 
 def test_operating_figure_decides_at_or_above_the_threshold():
