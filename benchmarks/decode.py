@@ -82,8 +82,8 @@ def measure(folder, size, turns):
 
 def machine():
     info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    models = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    cpu = models[0].partition(":")[2].strip() if models else platform.processor()
     return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), "keras": keras.__version__,
             "backend": keras.backend.backend(), "opencv": cv2.__version__, "numpy": np.__version__}
 
