@@ -44,7 +44,7 @@ help:  ## list the verbs
 
 setup: $(READY)  ## create .venv with everything (GPU=1: with CUDA)
 
-$(READY): requirements.txt requirements-dev.txt pyproject.toml
+$(READY): requirements.txt requirements-dev.txt
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "Python 3.11 to 3.13 is needed and $$($(BASE_PYTHON) --version) was found; try make BASE_PYTHON=python3.12 …" >&2; exit 2; }
 	$(BASE_PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""Augmentation: twelve strategies as Keras layers inside the compiled step, mixing of pairs, and the shifted validation.
+"""Augmentation: twelve strategies as Keras layers in the compiled step, mixing of pairs, and the shifted validation.
 
 Study S1 compared twelve strategies and names five; its list is lost, so these twelve are ours. Layers take and return
 float `(batch, size, size, channels)` in [0, 1] and act while training only.

@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from cxr import data as sources
+from cxr import data as loader
 from cxr import records, splits
 
 
@@ -84,10 +84,12 @@ def start(notebook, *, profile="smoke", data="phantom", seed=0, num_seeds=None, 
     np.random.seed(seed)
     cache = root() / "runs" / "cache"
     source = str(data)
-    if source not in sources.SOURCES:  # a path given from the repository root must also hold inside notebooks/
-        source = ":".join(part if part in sources.SOURCES or pathlib.Path(part).is_absolute() else str(root() / part)
+    if source not in loader.SOURCES:  # a path given from the repository root must also hold inside notebooks/
+        source = ":".join(part if part in loader.SOURCES or pathlib.Path(part).is_absolute() else str(root() / part)
                           for part in source.split(":"))
-    official = sources.load_manifest(source, cache_dir=cache)
+    official = loader.load_manifest(source, cache_dir=cache)
     counts = [num_seeds or count for count in (chosen.num_seeds, chosen.num_grid_seeds)]
-    return records.Run(notebook, chosen, run_directory(profile, data), cache, official,
+    run = records.Run(notebook, chosen, run_directory(profile, data), cache, official,
                        splits.assign(official, seed=0), *(list(range(seed, seed + count)) for count in counts))
+    run.set_aside_stale()
+    return run

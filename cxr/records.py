@@ -110,7 +110,8 @@ def read_record(path, *, root):
         predictions = pathlib.Path(root) / record["predictions"]["path"]
         expected = record["predictions"]["sha256"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a record of this lab ({error!r}); move it away to have it made again.") from error
+        message = f"{path} is not a record of this lab ({error!r}); move it away to have it made again."
+        raise ValueError(message) from error
     if not predictions.is_file() or hashlib.sha256(predictions.read_bytes()).hexdigest() != expected:
         raise ValueError(f"{predictions} is missing or does not match the hash in {path}; "
                          "move the record away to have both made again.")
@@ -169,18 +170,21 @@ class Run:
         return f"{self.notebook}-{canonical_sha256(identity)[:8]}-s{seed}"
 
     def load(self, run_id):
-        """Return the finished record `run_id`, or `None` when it has yet to be made.
-
-        In the smoke profile a record made by other code is set aside and made again: smoke exists to test the code.
-        """
+        """Return the finished record `run_id`, or `None` when it has yet to be made."""
         path = self.results / "records" / f"{run_id}.json"
-        if not path.exists():
-            return None
-        record = read_record(path, root=self.results)
-        if self.profile.strict and record["environment"]["code_sha256"] != code_sha256():
-            os.replace(path, path.with_suffix(".stale"))
-            return None
-        return record
+        return read_record(path, root=self.results) if path.exists() else None
+
+    def set_aside_stale(self):
+        """Rename records that other code made, where the profile is strict: smoke exists to test the code as it is."""
+        for path in (self.results / "records").glob("*.json") if self.profile.strict else ():
+            try:
+                stale = json.loads(path.read_text())["environment"]["code_sha256"] != code_sha256()
+                if stale:
+                    os.replace(path, path.with_suffix(".stale"))
+            except FileNotFoundError:
+                continue  # another notebook of the same `make -j` was faster
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue  # a damaged record is named with its path as soon as somebody reads it
 
     def save(self, variant, config, seed, predictions, *, purpose="classify", manifest=None, **extra):
         """Write the predictions and then the record of one run, and return the record.

@@ -63,7 +63,8 @@ class Recipe:
 
         A field that is added later, at its default, leaves the ids of finished records as they are.
         """
-        always = {"model", "image_size", "epochs", "batch_size", "learning_rate", "balance", "augment", "split", "weights"}
+        always = {"model", "image_size", "epochs", "batch_size", "learning_rate", "balance", "augment", "split",
+                  "weights"}
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
                 if field.name in always or getattr(self, field.name) != field.default}
 

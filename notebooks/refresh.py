@@ -4,14 +4,26 @@
 stderr (TensorFlow greets there) and whatever names this machine or the moment.
 """
 
+import base64
+import io
 import os
 import pathlib
 import sys
 
 import nbformat
 import papermill
+from PIL import Image
 
 HERE = pathlib.Path(__file__).parent
+
+
+def smaller(encoded):
+    """Return a base64 PNG with a palette of 96 colours: a third of the size, and no eye sees it."""
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(
+        buffer, "PNG", optimize=True
+    )
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def refresh(name):
@@ -26,6 +38,8 @@ def refresh(name):
             cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
             if cell.cell_type == "code":
                 cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for data in (output["data"] for output in cell.get("outputs", []) if "image/png" in output.get("data", {})):
+                data["image/png"] = smaller(data["image/png"])
         nbformat.write(notebook, fresh)
         os.replace(fresh, path)
     finally:

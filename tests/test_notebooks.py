@@ -48,7 +48,9 @@ def test_parameters_are_literals_the_makefile_passes(cells):
     assert found == PARAMETERS
     makefile = (ROOT / "Makefile").read_text()
     for name in PARAMETERS:
-        assert re.search(rf"-p {name} |\b{name}\b.*,\$\(if \$\(\$\(name\)\)", makefile), f"the Makefile does not pass {name}"
+        assert re.search(rf"-p {name} |\b{name}\b.*,\$\(if \$\(\$\(name\)\)", makefile), (
+            f"the Makefile does not pass {name}"
+        )
 
 
 def test_one_checked_cell_with_an_output_to_compare(cells):

@@ -19,11 +19,20 @@ from cxr import config, records
 @pytest.fixture
 def run(tmp_path):
     n = 60
-    manifest = pd.DataFrame({
-        "image_id": [f"{k:03}.png" for k in range(n)], "patient_id": [f"p{k // 2}" for k in range(n)],
-        "label": np.where(np.arange(n) % 2, "PNEUMONIA", "NORMAL"), "split": ["train"] * 20 + ["val"] * 20 + ["test"] * 20,
-        "sha256": [f"{k:064}" for k in range(n)]})
-    manifest.attrs = {"source": "made", "synthetic": True, "unreadable": [{"image_id": "bad.png", "path": "bad.png", "reason": "empty"}]}
+    manifest = pd.DataFrame(
+        {
+            "image_id": [f"{k:03}.png" for k in range(n)],
+            "patient_id": [f"p{k // 2}" for k in range(n)],
+            "label": np.where(np.arange(n) % 2, "PNEUMONIA", "NORMAL"),
+            "split": ["train"] * 20 + ["val"] * 20 + ["test"] * 20,
+            "sha256": [f"{k:064}" for k in range(n)],
+        }
+    )
+    manifest.attrs = {
+        "source": "made",
+        "synthetic": True,
+        "unreadable": [{"image_id": "bad.png", "path": "bad.png", "reason": "empty"}],
+    }
     return records.Run("02_test", config.PROFILES["smoke"], tmp_path, tmp_path, manifest, manifest, [0], [0])
 
 
@@ -32,23 +41,48 @@ def scores(run, seed=0):
     rows = run.manifest[run.manifest["split"] != "train"]
     y = (rows["label"] == "PNEUMONIA").astype(int)
     return rows[["image_id", "patient_id", "split"]].assign(
-        y_true=y, y_score=np.clip(0.5 + 0.2 * (y - 0.5) + rng.normal(0, 0.2, len(y)), 0.01, 0.99))
+        y_true=y, y_score=np.clip(0.5 + 0.2 * (y - 0.5) + rng.normal(0, 0.2, len(y)), 0.01, 0.99)
+    )
 
 
 def test_record_holds_the_contract_and_its_numbers_come_from_the_file(run):
     record = run.save("seed recipe", {"image_size": 8, "weights": None}, 0, scores(run), seconds={"train": 1.0})
-    digits = records.canonical_sha256({
-        "notebook": "02_test", "variant": "seed recipe", "config": {"image_size": 8, "weights": None},
-        "data": {key: record["data"][key] for key in ("source", "manifest_sha256", "split_sha256")}})[:8]
+    digits = records.canonical_sha256(
+        {
+            "notebook": "02_test",
+            "variant": "seed recipe",
+            "config": {"image_size": 8, "weights": None},
+            "data": {key: record["data"][key] for key in ("source", "manifest_sha256", "split_sha256")},
+        }
+    )[:8]
     assert record["run_id"] == f"02_test-{digits}-s0"
-    assert {"schema", "notebook", "variant", "profile", "seed", "purpose", "data", "config", "environment", "metrics",
-            "thresholds", "chosen_on", "predictions", "seconds", "figures"} <= record.keys()
+    assert {
+        "schema",
+        "notebook",
+        "variant",
+        "profile",
+        "seed",
+        "purpose",
+        "data",
+        "config",
+        "environment",
+        "metrics",
+        "thresholds",
+        "chosen_on",
+        "predictions",
+        "seconds",
+        "figures",
+    } <= record.keys()
     assert record["data"]["unreadable"] == ["bad.png"] and record["data"]["num_images"]["test"] == 20
     path = run.results / record["predictions"]["path"]
     assert hashlib.sha256(path.read_bytes()).hexdigest() == record["predictions"]["sha256"]
     with gzip.open(path, "rt") as file:
         assert file.readline().strip() == "image_id,patient_id,split,y_true,y_score"
-    assert run.load(record["run_id"]) == json.loads((run.results / "records" / f"{record['run_id']}.json").read_text()) == record
+    assert (
+        run.load(record["run_id"])
+        == json.loads((run.results / "records" / f"{record['run_id']}.json").read_text())
+        == record
+    )
 
 
 def test_id_depends_on_data_variant_and_config_not_on_seed(run):
@@ -78,7 +112,9 @@ def test_smoke_makes_again_what_other_code_made_and_full_does_not(run, monkeypat
     record = run.save("a", {}, 0, scores(run))
     monkeypatch.setattr(records, "code_sha256", lambda: "other")
     full = dataclasses.replace(run, profile=config.PROFILES["full"])
+    full.set_aside_stale()
     assert full.load(record["run_id"]) == record
+    run.set_aside_stale()
     assert run.load(record["run_id"]) is None
     assert list((run.results / "records").glob("*.stale"))
 
@@ -107,23 +143,33 @@ def test_predictions_survive_the_file_bit_for_bit(run):
 
 def test_imports_without_keras():
     names = "config, records, phantom, data, dedup, splits, audit, evaluate, compare, plots, report"
-    code = f"import sys\nfrom cxr import {names}\nassert not {{'keras', 'tensorflow', 'jax', 'torch'}} & sys.modules.keys()"
+    heavy = {"keras", "tensorflow", "jax", "torch"}
+    code = f"import sys\nfrom cxr import {names}\nassert not {heavy} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[1])
 
 
-@pytest.mark.parametrize(("profile", "expected"), [("smoke", {"image_size": 64, "epochs": 6}), ("full", {"image_size": 180, "epochs": 10})])
+@pytest.mark.parametrize(
+    ("profile", "expected"), [("smoke", {"image_size": 64, "epochs": 6}), ("full", {"image_size": 180, "epochs": 10})]
+)
 def test_profiles_cap_recipes(profile, expected):
     chosen = config.PROFILES[profile]
     assert {name: chosen.cap(name, value) for name, value in {"image_size": 180, "epochs": 10}.items()} == expected
     assert dataclasses.replace(chosen, image_size=96).cap("image_size", 180) == 96
 
 
-@pytest.mark.parametrize(("source", "name"), [("phantom", "phantom"), ("../shared/data/chest_xray/", "chest_xray"), ("a/x:b/y", "x+y")])
+@pytest.mark.parametrize(
+    ("source", "name"), [("phantom", "phantom"), ("../shared/data/chest_xray/", "chest_xray"), ("a/x:b/y", "x+y")]
+)
 def test_runs_folder_is_the_one_the_makefile_uses(source, name):
     assert config.run_directory("full", source).name == f"full-{name}"
     makefile = f"DATA={source}"
-    shown = subprocess.run(["make", "--no-print-directory", "-s", "--eval", "show: ; @echo $(RUN)", "show", makefile, "PROFILE=full"],
-                           cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "-s", "--eval", "show: ; @echo $(RUN)", "show", makefile, "PROFILE=full"],
+        cwd=pathlib.Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert shown.stdout.strip() == f"runs/full-{name}"
 
 

@@ -43,7 +43,9 @@ def test_loss_equals_keras_with_hard_labels():
 def test_loss_of_a_mixed_label_is_the_mixture_of_the_weighted_losses():
     p, loss = np.array([[0.3]]), train.WeightedBinaryCrossentropy(2.0, 0.5)
     mixed = float(loss(np.array([[0.7]]), p))
-    assert mixed == pytest.approx(0.7 * float(loss(np.array([[1.0]]), p)) + 0.3 * float(loss(np.array([[0.0]]), p)), rel=1e-5)
+    assert mixed == pytest.approx(
+        0.7 * float(loss(np.array([[1.0]]), p)) + 0.3 * float(loss(np.array([[0.0]]), p)), rel=1e-5
+    )
 
 
 def test_class_weights_are_those_of_study_s2():
@@ -82,10 +84,17 @@ def test_one_class_is_refused(tmp_path, labels):
         train.fit(tiny(16), RECIPE, images, labels, {"val": (images, both)}, seed=0, folder=tmp_path)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"mixing": ("probability", 0.5), "balance": "class_weight"}, {"mixing": ("extra_samples", 0.3)},
-    {"mixing": ("cutmix", 0.5)}, {"label_smoothing": 0.1, "schedule": "cosine", "weight_decay": 1e-3},
-    {"balance": "oversample"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mixing": ("probability", 0.5), "balance": "class_weight"},
+        {"mixing": ("extra_samples", 0.3)},
+        {"mixing": ("cutmix", 0.5)},
+        {"label_smoothing": 0.1, "schedule": "cosine", "weight_decay": 1e-3},
+        {"balance": "oversample"},
+    ],
+)
 def test_training_learns(tmp_path, changes):
     keras.utils.set_random_seed(0)
     recipe = dataclasses.replace(RECIPE, epochs=8, **changes)
@@ -105,6 +114,7 @@ def test_best_epoch_is_restored_and_patience_stops(tmp_path):
     history = train.fit(model, recipe, *easy(), {"val": val}, seed=0, folder=tmp_path)
     assert len(history["val_auc"]) < 30
     from sklearn.metrics import roc_auc_score
+
     assert roc_auc_score(val[1], train.predict(model, val[0])) == pytest.approx(max(history["val_auc"]), abs=1e-5)
 
 
@@ -144,10 +154,15 @@ def test_resumed_training_gives_the_same_weights(tmp_path, monkeypatch):
 def run(tmp_path):
     """A run over 60 easy images of 60 patients, without files behind them."""
     images, labels = easy(90)
-    manifest = pd.DataFrame({
-        "image_id": [f"{k:03}.png" for k in range(90)], "patient_id": [f"p{k}" for k in range(90)],
-        "label": np.where(labels == 1, "PNEUMONIA", "NORMAL"), "split": ["train"] * 50 + ["val"] * 20 + ["test"] * 20,
-        "sha256": [f"{k:064}" for k in range(90)]})
+    manifest = pd.DataFrame(
+        {
+            "image_id": [f"{k:03}.png" for k in range(90)],
+            "patient_id": [f"p{k}" for k in range(90)],
+            "label": np.where(labels == 1, "PNEUMONIA", "NORMAL"),
+            "split": ["train"] * 50 + ["val"] * 20 + ["test"] * 20,
+            "sha256": [f"{k:064}" for k in range(90)],
+        }
+    )
     manifest.attrs = {"source": "easy", "synthetic": True, "unreadable": []}
     made = records.Run("02_test", config.PROFILES["smoke"], tmp_path, tmp_path, manifest, manifest, [0, 1], [0])
     return made, images
