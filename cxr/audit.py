@@ -51,7 +51,8 @@ def _by_split(manifest, function):
 
 
 def _duplicates(manifest):
-    splits_of_picture = manifest.groupby("pixel_sha256")["split"].nunique()
+    judged = manifest[manifest["split"].ne("pred")]  # what is only predicted spoils no result
+    splits_of_picture = judged.groupby("pixel_sha256")["split"].nunique()
     return {**_by_split(manifest, lambda part: int(part.duplicated("pixel_sha256").sum())),
             "across_splits": int(splits_of_picture.gt(1).sum()), "label_conflicts": len(splits.conflicts(manifest))}
 
@@ -68,8 +69,9 @@ def _near_duplicates(manifest, cache_dir):
         data.write_cached(path, pairs)
     i, j = np.array([pair[:2] for pair in pairs], int).reshape(-1, 2).T
     image, split, patient = (unique[name].to_numpy() for name in ("image_id", "split", "patient_id"))
+    apart = (split[i] != split[j]) & (split[i] != "pred") & (split[j] != "pred")
     return {"pairs": [[image[a], image[b], round(score, 3)] for a, b, score in pairs],
-            "across_splits": int((split[i] != split[j]).sum()),
+            "across_splits": int(apart.sum()),
             "across_patients": int((patient[i] != patient[j]).sum())}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-VERSION = "v1"  # part of every cache key: raise it when a pixel or a fact comes out differently
+VERSION = "v2"  # part of every cache key: raise it when a pixel or a fact comes out differently
 MAX_PIXELS = 80_000_000  # five times the largest detector: a header that says more is a bomb, or no radiograph
 _END = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _REDUCED = {1: cv2.IMREAD_GRAYSCALE, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4}

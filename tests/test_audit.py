@@ -111,6 +111,15 @@ def test_what_invalidates_a_result_fails(copied, spoil):
     assert "FAIL" in audit.format_table(found).splitlines()[-1]
 
 
+def test_a_copy_among_the_images_to_predict_spoils_no_result(copied):
+    folder, cache = copied
+    (folder / "pred").mkdir()
+    shutil.copy(first(folder, "train/NORMAL/*.jpeg"), folder / "pred" / "unknown.jpeg")
+    found = examine(folder, cache)
+    assert found["images"]["pred"] == 1
+    assert audit.exit_code(found) == 0
+
+
 def test_shortcuts_are_seen(copied):
     import cv2
 

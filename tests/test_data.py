@@ -430,6 +430,18 @@ def test_dicom_compressed(syntax):
     close(dicom(TWELVE, syntax=syntax), picture(), 1)
 
 
+def test_dicom_in_baseline_jpeg():
+    pytest.importorskip("libjpeg")
+    from pydicom import dcmread, encaps, uid
+
+    dataset = dcmread(io.BytesIO(dicom(picture(), bits=8)))
+    dataset.file_meta.TransferSyntaxUID = uid.JPEGBaseline8Bit
+    dataset.PixelData = encaps.encapsulate([encoded(picture(), "JPEG", quality=95)])
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    close(buffer.getvalue(), picture(), 8)
+
+
 def test_dicom_colour():
     close(dicom(np.repeat(picture()[..., None], 3, axis=2), bits=8), picture(), 1)
 
