@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from keras import layers
 
-from cxr import config, records, train
+from cxr import config, fitting, records, train
 
 RECIPE = train.Recipe(model="tiny", image_size=16, epochs=3, batch_size=16, learning_rate=3e-3)
 
@@ -35,13 +35,13 @@ def weights(model):
 
 def test_loss_equals_keras_with_hard_labels():
     y, p = np.array([[0.0], [1], [1], [0]]), np.array([[0.2], [0.9], [0.4], [0.6]])
-    ours = train.WeightedBinaryCrossentropy(1.95, 0.67)(y, p)
+    ours = fitting.WeightedBinaryCrossentropy(1.95, 0.67)(y, p)
     theirs = keras.losses.BinaryCrossentropy()(y, p, sample_weight=np.where(y == 1, 0.67, 1.95))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 def test_loss_of_a_mixed_label_is_the_mixture_of_the_weighted_losses():
-    p, loss = np.array([[0.3]]), train.WeightedBinaryCrossentropy(2.0, 0.5)
+    p, loss = np.array([[0.3]]), fitting.WeightedBinaryCrossentropy(2.0, 0.5)
     mixed = float(loss(np.array([[0.7]]), p))
     assert mixed == pytest.approx(
         0.7 * float(loss(np.array([[1.0]]), p)) + 0.3 * float(loss(np.array([[0.0]]), p)), rel=1e-5
@@ -50,18 +50,18 @@ def test_loss_of_a_mixed_label_is_the_mixture_of_the_weighted_losses():
 
 def test_class_weights_are_those_of_study_s2():
     labels = np.r_[np.zeros(1341), np.ones(3875)]
-    assert train.class_weights(labels, "class_weight") == pytest.approx((1.945, 0.673), abs=1e-3)
-    assert train.class_weights(labels, "loss_1.5") == (1.0, 1.5)
-    assert train.class_weights(labels, "none") == (1.0, 1.0)
+    assert fitting.class_weights(labels, "class_weight") == pytest.approx((1.945, 0.673), abs=1e-3)
+    assert fitting.class_weights(labels, "loss_1.5") == (1.0, 1.5)
+    assert fitting.class_weights(labels, "none") == (1.0, 1.0)
 
 
 def test_batches_show_each_image_once_and_depend_on_seed_and_epoch_alone():
     images, labels = easy(40)
-    first = train.Batches(images, labels, 16, seed=3)
+    first = fitting.Batches(images, labels, 16, seed=3)
     seen = np.concatenate([first[k][0] for k in range(len(first))])
     assert sorted(seen.sum((1, 2, 3))) == sorted(images.sum((1, 2)))
     first.on_epoch_end()
-    later = train.Batches(images, labels, 16, seed=3, epoch=1)
+    later = fitting.Batches(images, labels, 16, seed=3, epoch=1)
     np.testing.assert_array_equal(first[0][0], later[0][0])
     assert (first[0][0] != seen[:16]).any()
 
@@ -70,11 +70,11 @@ def test_batches_show_each_image_once_and_depend_on_seed_and_epoch_alone():
 def test_a_batch_of_one_is_refused(n, batch_size):
     images, labels = easy(n)
     with pytest.raises(ValueError, match="at least two"):
-        train.Batches(images, labels, batch_size, seed=0)
+        fitting.Batches(images, labels, batch_size, seed=0)
 
 
 def test_last_batch_of_one_is_left_out():
-    assert len(train.Batches(*easy(33), 16, seed=0)) == 2
+    assert len(fitting.Batches(*easy(33), 16, seed=0)) == 2
 
 
 @pytest.mark.parametrize("labels", [np.zeros(32, int), np.ones(32, int)])
@@ -134,17 +134,17 @@ def test_resumed_training_gives_the_same_weights(tmp_path, monkeypatch):
         return weights(model), history
 
     whole, history = run(tmp_path / "whole")
-    backup = train.Watch._backup
+    backup = fitting.Watch._backup
 
     def die_after_first(self, epoch):
         backup(self, epoch)
         if epoch == 1:
             raise KilledError
 
-    monkeypatch.setattr(train.Watch, "_backup", die_after_first)
+    monkeypatch.setattr(fitting.Watch, "_backup", die_after_first)
     with pytest.raises(KilledError):
         run(tmp_path / "killed")
-    monkeypatch.setattr(train.Watch, "_backup", backup)
+    monkeypatch.setattr(fitting.Watch, "_backup", backup)
     resumed, again = run(tmp_path / "killed")
     np.testing.assert_allclose(resumed, whole, atol=1e-6)
     assert again == history

@@ -1,0 +1,281 @@
+"""One training: the recipe, the compiled step, early stopping, and a backup after each epoch that resumes exactly."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import keras
+import numpy as np
+from keras import ops
+from sklearn import metrics
+
+from cxr import augment, records
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the outcome of a training, besides data and seed. It is what the record's `config` holds.
+
+    Attributes:
+        model: name of the builder function, for the reader.
+        image_size: side of the square image in pixels.
+        epochs: largest number of epochs.
+        batch_size: images a step.
+        learning_rate: of Adam (its peak, under `cosine`).
+        schedule: `constant`, or `cosine`: one epoch of linear warm-up, then a half cosine to zero.
+        weight_decay: of AdamW; 0 is plain Adam.
+        balance: `none`; `class_weight` (n / 2n_c); `loss_1.5` (study S1's 1 : 1.5); `oversample` (minority repeated to
+            1 : 1); `offline` (the caller adds images, see `repeat`).
+        augment: a key of `augment.STRATEGIES`.
+        mixing: `[mode, ratio]` of `augment.mix`, or `None`.
+        label_smoothing: share of each label given to the other class.
+        select: `last` epoch, or the `best` on `monitor`.
+        monitor: `val_auc`, or `shifted_auc`: AUC on the shifted validation images.
+        patience: epochs without a better `monitor` after which training stops, or `None`.
+        split: `patient` (the protocol) or `image` (as the studies split, shares patients).
+        weights: name of the weights it starts from, or `None`.
+    """
+
+    model: str
+    image_size: int
+    epochs: int
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    schedule: str = "constant"
+    weight_decay: float = 0.0
+    balance: str = "none"
+    augment: str = "none"
+    mixing: tuple | None = None
+    label_smoothing: float = 0.0
+    select: str = "best"
+    monitor: str = "val_auc"
+    patience: int | None = None
+    split: str = "patient"
+    weights: str | None = None
+
+    def config(self):
+        """Return the record's `config`: what identifies a recipe, and whatever differs from the default.
+
+        A field that is added later, at its default, leaves the ids of finished records as they are.
+        """
+        always = {"model", "image_size", "epochs", "batch_size", "learning_rate", "balance", "augment", "split",
+                  "weights"}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+                if field.name in always or getattr(self, field.name) != field.default}
+
+
+class Batches(keras.utils.PyDataset):
+    """Shuffled batches whose order and mixing depend on seed and epoch alone, so that a resumed run sees the same ones.
+
+    Args:
+        images: uint8 `(n, size, size)`.
+        labels: float `(n,)` in [0, 1].
+        batch_size: images a step; a last batch of one image is left out (it has no batch statistics).
+        seed: int.
+        mixing: `(mode, ratio)` of `augment.mix`, or `None`.
+        epoch: first epoch, above 0 when resuming.
+    """
+
+    def __init__(self, images, labels, batch_size, seed, mixing=None, epoch=0):
+        super().__init__()
+        if len(images) < 2 or batch_size < 2:
+            raise ValueError(f"Training needs at least two images a batch; got {len(images)} images and "
+                             f"batch_size={batch_size}. Batch statistics and mixing are undefined for one.")
+        self.images, self.labels = images, np.asarray(labels, "float32")
+        self.batch_size, self.seed, self.mixing, self.epoch = batch_size, seed, mixing, epoch
+        self._shuffle()
+
+    def _shuffle(self):
+        self.order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.images))
+
+    def __len__(self):
+        return len(self.images) // self.batch_size + (len(self.images) % self.batch_size > 1)
+
+    def __getitem__(self, index):
+        rows = self.order[index * self.batch_size:(index + 1) * self.batch_size]
+        images, labels = self.images[rows][..., None], self.labels[rows][:, None]
+        if self.mixing:
+            images, labels = augment.mix(images, labels, *self.mixing, seed=[self.seed, self.epoch, index])
+        return images, labels
+
+    def on_epoch_end(self):
+        """Draw the next epoch's order."""
+        self.epoch += 1
+        self._shuffle()
+
+
+@keras.saving.register_keras_serializable("cxr")
+class WeightedBinaryCrossentropy(keras.losses.Loss):
+    """Binary cross-entropy with one weight a class, right for soft labels too.
+
+    Keras's `class_weight` rounds or refuses soft labels. Here the weight stands on each of the two terms:
+    `-(w1 y log p + w0 (1 - y) log(1 - p))`, which is `class_weight` for hard labels and the mixture of the two weighted
+    losses for mixed ones.
+    """
+
+    def __init__(self, negative=1.0, positive=1.0, label_smoothing=0.0, name="loss"):
+        super().__init__(name=name)
+        self.negative, self.positive, self.label_smoothing = negative, positive, label_smoothing
+
+    def call(self, y_true, y_pred):
+        """Return the loss of each image, float `(batch,)`."""
+        y_true = ops.cast(y_true, y_pred.dtype) * (1 - self.label_smoothing) + self.label_smoothing / 2
+        y_pred = ops.clip(y_pred, 1e-7, 1 - 1e-7)
+        terms = self.positive * y_true * ops.log(y_pred) + self.negative * (1 - y_true) * ops.log(1 - y_pred)
+        return -ops.mean(terms, axis=-1)
+
+    def get_config(self):
+        """Return what rebuilds the loss."""
+        return {"negative": self.negative, "positive": self.positive, "label_smoothing": self.label_smoothing,
+                "name": self.name}
+
+
+class _HardAUC(keras.metrics.AUC):
+    """Training AUC that takes the larger side of a mixed label for its class."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        super().update_state(ops.cast(y_true > 0.5, "float32"), y_pred, sample_weight)
+
+
+def _random_states(model):
+    """Return the counters behind dropout and augmentation, which Keras's weight files leave out."""
+    return [variable for variable in model.non_trainable_variables if "seed_generator" in variable.path]
+
+
+class Watch(keras.callbacks.Callback):
+    """Score the watched sets after each epoch, keep the best weights, stop early, and back everything up to resume.
+
+    Args:
+        watched: dict name → `(images, labels)`, such as `val`. History gets `<name>_loss`, `_auc`, `_accuracy`.
+        recipe: the `Recipe`.
+        folder: where the backup lies until the run is finished.
+    """
+
+    def __init__(self, watched, recipe, folder):
+        super().__init__()
+        self.watched, self.recipe, self.folder = watched, recipe, pathlib.Path(folder)
+        self.history, self.best_epoch = {}, None
+
+    def restore(self, model):
+        """Load the backup into `model`, if there is one, and return the epoch to go on with."""
+        index = self.folder / "history.json"
+        if not index.exists():
+            return 0
+        state = json.loads(index.read_text())
+        self.history, self.best_epoch = state["history"], state["best_epoch"]
+        model.optimizer.build(model.trainable_variables)
+        model.load_weights(self.folder / f"{state['epoch']}.weights.h5")
+        for variable, value in zip(_random_states(model), state["random"], strict=True):
+            variable.assign(value)
+        return state["epoch"]
+
+    def finished(self, epoch):
+        """Return whether training ends after `epoch` epochs: all done, or `patience` without a better monitor."""
+        patience = self.recipe.patience
+        return epoch >= self.recipe.epochs or bool(patience and epoch and epoch - self.best_epoch >= patience)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Score, remember, back up, and stop when `finished`."""
+        for name, value in ({"loss": logs["loss"], "auc": logs["auc"]} | self._scores()).items():
+            self.history.setdefault(name, []).append(round(float(value), 6))
+        monitored = self.history[self.recipe.monitor]
+        self.best_epoch = int(np.argmax(monitored)) + 1
+        logs.update({name: values[-1] for name, values in self.history.items()})
+        self._backup(epoch + 1)
+        self.model.stop_training = self.finished(epoch + 1)
+
+    def _scores(self):
+        scores = {}
+        for name, (images, labels) in self.watched.items():
+            y_score = predict(self.model, images)
+            scores[f"{name}_loss"] = metrics.log_loss(labels, np.clip(y_score, 1e-7, 1 - 1e-7), labels=[0, 1])
+            scores[f"{name}_auc"] = metrics.roc_auc_score(labels, y_score)
+            scores[f"{name}_accuracy"] = np.mean((y_score >= 0.5) == labels)
+        return scores
+
+    def _backup(self, epoch):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_atomic(self.model.save_weights, self.folder / f"{epoch}.weights.h5")
+        random = [ops.convert_to_numpy(variable).tolist() for variable in _random_states(self.model)]
+        state = {"history": self.history, "best_epoch": self.best_epoch, "epoch": epoch, "random": random}
+        records.write_atomic(self.folder / "history.json", json.dumps(state))
+        for path in self.folder.glob("*.weights.h5"):
+            if path.name not in (f"{epoch}.weights.h5", f"{self.best_epoch}.weights.h5"):
+                path.unlink()
+
+
+def save_atomic(save, path):
+    """Call Keras's `save(path)` under a temporary name in the same folder, then rename; the suffix stays."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(temporary)
+    os.replace(temporary, path)
+
+
+def predict(model, images, batch_size=256):
+    """Return the model's score of each image: float64 `(n,)`, for uint8 images `(n, size, size)`."""
+    parts = [np.asarray(model.predict_on_batch(images[start:start + batch_size][..., None]), "float64")[:, 0]
+             for start in range(0, len(images), batch_size)]
+    return np.concatenate(parts)
+
+
+def class_weights(labels, balance):
+    """Return the loss weights `(negative, positive)` of a balancing rule for 0/1 labels."""
+    if balance == "class_weight":
+        return tuple(len(labels) / (2 * np.sum(labels == value)) for value in (0, 1))
+    return (1.0, 1.5) if balance == "loss_1.5" else (1.0, 1.0)
+
+
+def _compile(model, recipe, labels, steps):
+    rate = recipe.learning_rate
+    if recipe.schedule == "cosine":
+        rate = keras.optimizers.schedules.CosineDecay(0.0, steps * (recipe.epochs - 1), warmup_target=rate,
+                                                      warmup_steps=steps)
+    negative, positive = class_weights(labels, recipe.balance)
+    # XLA halves the speed of convolutions on a CPU under TensorFlow; elsewhere Keras knows best.
+    on_cpu = not [name for name in keras.distribution.list_devices() if not name.startswith("cpu")]
+    jit = False if keras.backend.backend() == "tensorflow" and on_cpu else "auto"
+    model.compile(keras.optimizers.AdamW(rate, weight_decay=recipe.weight_decay),
+                  WeightedBinaryCrossentropy(float(negative), float(positive), recipe.label_smoothing),
+                  metrics=[_HardAUC(name="auc")], jit_compile=jit)
+
+
+def fit(model, recipe, images, labels, watched, *, seed, folder):
+    """Train `model` by `recipe`, going on from the backup in `folder` if there is one.
+
+    Args:
+        model: uncompiled `keras.Model` ending in one probability.
+        recipe: `Recipe`.
+        images: uint8 `(n, size, size)`.
+        labels: 0/1 int `(n,)`.
+        watched: see `Watch`.
+        seed: of the order of batches and of mixing.
+        folder: of the backup; left for the caller to remove once the result is safe.
+
+    Returns:
+        dict of per-epoch lists. The model holds the selected weights.
+
+    Raises:
+        ValueError: a class without images, or fewer than two images a batch.
+    """
+    labels = np.asarray(labels)
+    for part, values in {"train": labels, **{name: pair[1] for name, pair in watched.items()}}.items():
+        if len(np.unique(values)) < 2:
+            raise ValueError(f"The {part} set holds {len(values)} images of one class only; both are needed. "
+                             "Check the class folders of the data source, or the split.")
+    if recipe.balance == "oversample":
+        minority = np.flatnonzero(labels == (np.mean(labels) < 0.5))
+        extra = np.resize(np.random.default_rng(seed).permutation(minority), len(labels) - 2 * len(minority))
+        images, labels = images[np.r_[:len(labels), extra]], labels[np.r_[:len(labels), extra]]
+    watch = Watch(watched, recipe, folder)
+    batches = Batches(images, labels, recipe.batch_size, seed, recipe.mixing)
+    _compile(model, recipe, labels, len(batches))
+    batches.epoch = epoch = watch.restore(model)
+    batches._shuffle()
+    if not watch.finished(epoch):
+        model.fit(batches, epochs=recipe.epochs, initial_epoch=epoch, callbacks=[watch], verbose=2,
+                  shuffle=False)  # Batches has drawn the order; Keras would draw another one that a resumed run lacks
+    if recipe.select == "best":
+        model.load_weights(watch.folder / f"{watch.best_epoch}.weights.h5")
+    return watch.history
