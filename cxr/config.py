@@ -1,13 +1,13 @@
 """Profiles, and the one call that opens a notebook: `run = config.start(…)`."""
 
 import dataclasses
-import os
 import pathlib
 
 import numpy as np
 
 from cxr import data as loader
 from cxr import records, splits
+from cxr.sources import root
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +46,6 @@ PROFILES = {
     "smoke": Profile("smoke", num_seeds=2, num_grid_seeds=1, strict=True, max_image_size=64, max_epochs=6),
     "full": Profile("full", num_seeds=5, num_grid_seeds=3, strict=False),
 }
-
-
-def root():
-    """Return the repository's folder: `CXR_ROOT`, or the first folder at or above this one that holds `cxr/`."""
-    if "CXR_ROOT" in os.environ:
-        return pathlib.Path(os.environ["CXR_ROOT"])
-    here = pathlib.Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "cxr" / "config.py").is_file():
-            return folder
-    return pathlib.Path(__file__).parents[1]
 
 
 def run_directory(profile, source):

@@ -53,7 +53,7 @@ def render(seed, kind, *, size=256, patient=None, severity=None, exposure=0.0, c
     _require(marker in ("R", "L", None), f"marker is {marker!r}, expected 'R', 'L' or None.")
     rng = np.random.default_rng(seed)
     patient = rng.integers(2**32) if patient is None else patient
-    n, severity = int(size * 1.125), rng.uniform(0.25, 1) if severity is None else severity
+    n, severity = int(size * 1.125), rng.uniform(0.2, 0.95) if severity is None else severity
     pose = cv2.getRotationMatrix2D((0, 0), rng.normal(0, 2.5), size / n * rng.uniform(1.04, 1.26))
     pose[0] *= rng.uniform(0.95, 1.12)
     pose[:, 2] = size / 2 - pose[:, :2] @ [n / 2, n / 2] + size * rng.normal(0, 0.015, 2)
@@ -94,11 +94,11 @@ def _develop(path, rng, size, exposure, contrast, sharpness):
 
     pixel = size / 256
     light = cv2.GaussianBlur(np.exp(-path), (0, 0), max(2.2 * (1 - sharpness), 0.15) * pixel)
-    light += 0.06 * smooth(light, 3.2) + 0.004
+    light += 0.06 / contrast**4 * smooth(light, 3.2) + 0.004  # a flat film is one with much scatter
     grain = cv2.GaussianBlur(rng.standard_normal(light.shape, dtype=np.float32), (0, 0), 0.6 * pixel)
     light += np.sqrt(light) * np.float32(rng.uniform(0.006, 0.014)) * grain
     dark = -np.log(np.maximum(light, 1e-4))
-    dark += 0.6 * (dark - smooth(dark, 3.0)) + 0.4 * (dark - cv2.GaussianBlur(dark, (0, 0), 2 * pixel))
+    dark += 0.6 * contrast**2 * (dark - smooth(dark, 3.0)) + 0.4 * (dark - cv2.GaussianBlur(dark, (0, 0), 2 * pixel))
     dark /= np.percentile(dark[::4, ::4], 97)
     return 250 * (curve(dark) - curve(0)) / (curve(1.15) - curve(0))
 
@@ -257,9 +257,9 @@ def _plant(free, p):
 def _acquisition(rng, sick, test, p):
     """Draw how a film was taken: the ill in a hurry, test films on another machine, and the marker may tell."""
     drift, tie = p["shift"] * test, p["shortcut"] if not test or p["shortcut_test"] is None else p["shortcut_test"]
-    sharpness = np.clip(rng.normal(0.86 - 0.16 * sick - (0.08 if sick else 0.16) * drift, 0.10), 0, 1)
+    sharpness = np.clip(rng.normal(0.86 - 0.14 * sick - (0.08 if sick else 0.16) * drift, 0.10), 0, 1)
     contrast = np.exp(rng.normal(-0.06 * sick - (0.04 if sick else 0.13) * drift, 0.10))
-    exposure = rng.normal((0.0 if sick else 0.5) * drift, 0.6 + 0.15 * drift)
+    exposure = rng.normal((0.0 if sick else 0.5) * drift, 0.6 + 0.2 * drift)
     free, tied = rng.choice(["R", "R", "L", ""]), rng.random() < abs(tie)
     marker = ("L" if sick == (tie > 0) else "R") if tied else str(free) or None
     return {"sharpness": float(sharpness), "contrast": float(contrast), "exposure": float(exposure), "marker": marker}

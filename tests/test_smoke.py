@@ -26,7 +26,7 @@ EXPECTED = {
         "specificity@sensitivity_95": (0.15, 0.97),
         "brier": (0.03, 0.22),
     },
-    ("01_dedup_augment", "blur score"): {"auc": (0.52, 0.80)},
+    ("02_baseline_cnn", "seed recipe"): {"auc": (0.53, 0.90)},
 }
 
 
