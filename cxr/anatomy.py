@@ -189,15 +189,16 @@ def _tree(a, n, breath):
     angle = np.tile(np.linspace(-1.3, 1.4, 8), 2) + rng.normal(0, 0.12, 16)
     x, y = 0.05 + 0 * angle, 0.455 + 0.6 * breath - 0.02 * (side > 0) + 0.04 * np.sin(angle)
     length = 0.17 * rng.uniform(0.7, 1.2, 16) * (1 + 0.35 * np.sin(angle))
-    m, maps = np.linspace(0, 1, 15), []
+    k = 15 * max(1, round(n / 320))  # points a branch: dense enough for large films
+    m, maps, pick = np.linspace(0, 1, k), [], [k // 3, 2 * k // 3, k - 1]
     for generation in range(4):
         turn = angle[:, None] + rng.normal(0, 0.3, (len(angle), 1)) * m
-        step = length[:, None] / 15
+        step = length[:, None] / k
         px, py = x[:, None] + np.cumsum(np.cos(turn) * step, 1), y[:, None] + np.cumsum(np.sin(turn) * step, 1)
         radius = max(0.0095 * 0.66**generation, 0.6 / n)
         maps.append(_tubes(n, a.spine + side[:, None] * px, py, step * (1 - 0.4 * m), radius))
-        x, y, side = px[:, [5, 10, 14]].ravel(), py[:, [5, 10, 14]].ravel(), np.repeat(side, 3)
-        angle = (turn[:, [5, 10, 14]] + rng.normal(0, 0.15, (len(angle), 3)) + [-0.6, 0.6, 0.0]).ravel()
+        x, y, side = px[:, pick].ravel(), py[:, pick].ravel(), np.repeat(side, 3)
+        angle = (turn[:, pick] + rng.normal(0, 0.15, (len(angle), 3)) + [-0.6, 0.6, 0.0]).ravel()
         length = np.repeat(length, 3) * rng.uniform(0.45, 0.75, len(side))
     return maps
 
