@@ -18,13 +18,13 @@ HERE = pathlib.Path(__file__).parent
 
 
 def smaller(encoded):
-    """Return `{mime type: base64}` of a PNG at most 800 pixels across: 40 colours, or JPEG where that is half the size."""
+    """Return `{mime type: base64}` of a PNG at most 760 pixels across: 40 colours, or JPEG if that is less."""
     image = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
-    image.thumbnail((800, 2000), Image.Resampling.LANCZOS)
+    image.thumbnail((760, 2000), Image.Resampling.LANCZOS)
     png, jpeg = io.BytesIO(), io.BytesIO()
     image.quantize(40, dither=Image.Dither.NONE).save(png, "PNG", optimize=True)
-    image.save(jpeg, "JPEG", quality=70)
-    mime, buffer = ("image/jpeg", jpeg) if 2 * jpeg.tell() < png.tell() else ("image/png", png)
+    image.save(jpeg, "JPEG", quality=60)
+    mime, buffer = ("image/jpeg", jpeg) if jpeg.tell() < png.tell() else ("image/png", png)
     return {mime: base64.b64encode(buffer.getvalue()).decode()}
 
 
