@@ -24,7 +24,6 @@ EXPECTED = {
         "average_precision": (0.85, 0.99),
         "balanced_accuracy@half": (0.60, 0.95),
         "specificity@sensitivity_95": (0.15, 0.97),
-        "brier": (0.03, 0.22),
     },
     ("02_baseline_cnn", "seed recipe"): {"auc": (0.53, 0.90)},
 }
