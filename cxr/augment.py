@@ -64,9 +64,13 @@ _UNIT = {"value_range": (0, 1)}
 _EDGE = {"fill_mode": "constant", "fill_value": 0.0}  # black, as outside the collimated field
 
 
-def _geometry(angle=10, shift=0.05, zoom=0.1):
-    return [layers.RandomRotation(angle / 360, **_EDGE), layers.RandomTranslation(shift, shift, **_EDGE),
-            layers.RandomZoom((-zoom, zoom), (-zoom, zoom), **_EDGE)]
+def _geometry(**edge):
+    return [layers.RandomRotation(10 / 360, **edge), layers.RandomTranslation(0.05, 0.05, **edge),
+            layers.RandomZoom((-0.1, 0.1), (-0.1, 0.1), **edge)]
+
+
+def _exposure():
+    return [layers.RandomBrightness(0.15, **_UNIT), layers.RandomContrast(0.3, **_UNIT), RandomGamma(0.35)]
 
 
 def _sharpness():
@@ -77,8 +81,8 @@ def _sharpness():
 STRATEGIES = {
     "none": lambda: [],
     "horizontal_flip": lambda: [layers.RandomFlip("horizontal")],
-    "rotation": lambda: [layers.RandomRotation(10 / 360, **_EDGE)],
-    "shift_zoom": lambda: _geometry()[1:],
+    "rotation": lambda: _geometry(**_EDGE)[:1],
+    "shift_zoom": lambda: _geometry(**_EDGE)[1:],
     "brightness": lambda: [layers.RandomBrightness(0.15, **_UNIT)],
     "contrast": lambda: [layers.RandomContrast(0.3, **_UNIT)],
     "gamma": lambda: [RandomGamma(0.35)],
@@ -86,10 +90,23 @@ STRATEGIES = {
     "blur_sharpness": _sharpness,
     "noise": lambda: [layers.GaussianNoise(0.03)],
     "random_erasing": lambda: [layers.RandomErasing(0.5, scale=(0.02, 0.15), **_UNIT)],
-    "all_combined": lambda: [layers.RandomFlip("horizontal"), *_geometry(), layers.RandomBrightness(0.15, **_UNIT),
-                             layers.RandomContrast(0.3, **_UNIT), RandomGamma(0.35), *_sharpness(),
+    "all_combined": lambda: [layers.RandomFlip("horizontal"), *_geometry(**_EDGE), *_exposure(), *_sharpness(),
                              layers.GaussianNoise(0.03), layers.RandomErasing(0.5, scale=(0.02, 0.15), **_UNIT)],
 }
+
+
+def acquisition():
+    """Return what another operator and scanner would change: framing, exposure, sharpness; nothing painted or mirrored.
+
+    The edge is repeated rather than black: black corners lower the mean of training images, no other image has them,
+    and a network that standardises its input then meets a shift at test time that it was taught itself.
+    """
+    return [*_geometry(fill_mode="nearest"), *_exposure(), *_sharpness()]
+
+
+def stack(name):
+    """Return fresh layers of the strategy `name`: a key of `STRATEGIES`, or `acquisition`."""
+    return acquisition() if name == "acquisition" else STRATEGIES.get(name, list)()
 
 
 def _check_ratio(mode, ratio):

@@ -24,6 +24,7 @@ class Profile:
         strict: whether a record made by other code is made again.
         max_image_size: largest image side in pixels, or `None`.
         max_epochs: largest number of epochs, or `None`.
+        grid_share: part of both caps that a cell of a wide comparison gets.
         image_size, epochs: override of every recipe, or `None`.
     """
 
@@ -33,17 +34,19 @@ class Profile:
     strict: bool
     max_image_size: int | None = None
     max_epochs: int | None = None
+    grid_share: float = 1.0
     image_size: int | None = None
     epochs: int | None = None
 
-    def cap(self, name, value):
+    def cap(self, name, value, *, grid=False):
         """Return the recipe's `value` of `name` (`image_size` or `epochs`) as this profile runs it."""
         override, largest = getattr(self, name), getattr(self, f"max_{name}")
-        return override or (min(value, largest) if largest else value)
+        return override or (min(value, int(largest * (self.grid_share if grid else 1))) if largest else value)
 
 
 PROFILES = {
-    "smoke": Profile("smoke", num_seeds=2, num_grid_seeds=1, strict=True, max_image_size=64, max_epochs=6),
+    "smoke": Profile("smoke", num_seeds=2, num_grid_seeds=1, strict=True, max_image_size=64, max_epochs=6,
+                     grid_share=0.5),
     "full": Profile("full", num_seeds=5, num_grid_seeds=3, strict=False),
 }
 

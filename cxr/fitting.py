@@ -27,7 +27,7 @@ class Recipe:
         weight_decay: of AdamW; 0 is plain Adam.
         balance: `none`; `class_weight` (n / 2n_c); `loss_1.5` (study S1's 1 : 1.5); `oversample` (minority repeated to
             1 : 1); `offline` (the caller adds images, see `repeat`).
-        augment: a key of `augment.STRATEGIES`.
+        augment: a strategy's name, see `augment.stack`.
         mixing: `[mode, ratio]` of `augment.mix`, or `None`.
         label_smoothing: share of each label given to the other class.
         select: `last` epoch, or the `best` on `monitor`.
@@ -35,6 +35,7 @@ class Recipe:
         patience: epochs without a better `monitor` after which training stops, or `None`.
         split: `patient` (the protocol) or `image` (as the studies split, shares patients).
         weights: name of the weights it starts from, or `None`.
+        backbone, strategy: of `transfer.build`, or `None`.
     """
 
     model: str
@@ -53,6 +54,8 @@ class Recipe:
     patience: int | None = None
     split: str = "patient"
     weights: str | None = None
+    backbone: str | None = None
+    strategy: str | None = None
 
     def config(self):
         """Return the record's `config`: what identifies a recipe, and whatever differs from the default.

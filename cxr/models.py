@@ -41,7 +41,7 @@ class TrainingOnly(layers.Layer):
         return cls([keras.saving.deserialize_keras_object(layer) for layer in config.pop("stack")], **config)
 
 
-def _inputs(image_size, augmentation, channels=1):
+def image_input(image_size, augmentation, channels=1):
     """Return the input tensor and the scaled, augmented image with `channels` equal channels."""
     inputs = keras.Input((image_size, image_size, 1), name="image")
     x = layers.Rescaling(1 / 255)(inputs)
@@ -49,7 +49,7 @@ def _inputs(image_size, augmentation, channels=1):
     return inputs, layers.Concatenate()([x] * channels) if channels > 1 else x
 
 
-def _classifier(inputs, x, name, num_classes=1):
+def classifier(inputs, x, name, num_classes=1):
     """Return the model that ends in `logit` and a sigmoid."""
     logit = layers.Dense(num_classes, name="logit", dtype="float32")(x)
     return keras.Model(inputs, layers.Activation("sigmoid", dtype="float32", name="probability")(logit), name=name)
@@ -60,7 +60,7 @@ def seed_cnn(image_size=180, augmentation=()):
 
     Source: the Keras pneumonia tutorial of 2020, as study S2 uses it.
     """
-    inputs, x = _inputs(image_size, augmentation, channels=3)
+    inputs, x = image_input(image_size, augmentation, channels=3)
     for _ in range(2):
         x = layers.Conv2D(16, 3, padding="same", activation="relu")(x)
     x = layers.MaxPooling2D()(x)
@@ -75,7 +75,7 @@ def seed_cnn(image_size=180, augmentation=()):
         x = layers.Dense(units, activation="relu")(x)
         x = layers.BatchNormalization()(x)
         x = layers.Dropout(dropout)(x)
-    return _classifier(inputs, x, "seed_cnn")
+    return classifier(inputs, x, "seed_cnn")
 
 
 def _conv(x, filters, kernel=3, strides=1, activation=True, momentum=0.9):
@@ -100,7 +100,7 @@ def lab_cnn(image_size=96, augmentation=()):
 
     Pooling instead of flattening leaves no weight that could learn where in the frame a class tends to lie.
     """
-    inputs, x = _inputs(image_size, augmentation)
+    inputs, x = image_input(image_size, augmentation)
     x = layers.LayerNormalization(axis=[1, 2, 3], epsilon=1e-6, center=False, scale=False, name="standardise")(x)
     x = layers.MaxPooling2D()(_conv(_conv(x, 24, 5, strides=2), 32))
     for filters in (64, 128):
@@ -108,7 +108,7 @@ def lab_cnn(image_size=96, augmentation=()):
     x = _conv(x, 192)
     x = layers.GlobalAveragePooling2D(name="pool")(x)
     x = layers.Dropout(0.3)(x)
-    return _classifier(inputs, x, "lab_cnn")
+    return classifier(inputs, x, "lab_cnn")
 
 
 def resnet18(image_size=180, augmentation=()):
@@ -116,9 +116,9 @@ def resnet18(image_size=180, augmentation=()):
 
     Source: He et al. 2016; study S2.
     """
-    inputs, x = _inputs(image_size, augmentation, channels=3)
+    inputs, x = image_input(image_size, augmentation, channels=3)
     x = layers.MaxPooling2D(3, 2, padding="same")(_conv(x, 64, 7, strides=2))
     for filters, strides in ((64, 1), (128, 2), (256, 2), (512, 2)):
         x = _residual(_residual(x, filters, strides), filters)
     x = layers.GlobalAveragePooling2D(name="pool")(x)
-    return _classifier(inputs, x, "resnet18")
+    return classifier(inputs, x, "resnet18")

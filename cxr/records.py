@@ -158,9 +158,12 @@ class Run:
 
         return data.load_images(self.manifest, size, letterbox=letterbox, cache_dir=self.cache)
 
-    def cap(self, **recipe):
-        """Return `recipe` (`image_size`, `epochs`) with the profile's caps and the caller's overrides applied."""
-        return {name: self.profile.cap(name, value) for name, value in recipe.items()}
+    def cap(self, *, grid=False, **recipe):
+        """Return `recipe` (`image_size`, `epochs`) with the profile's caps and the caller's overrides applied.
+
+        `grid` says that it is a cell of a wide comparison, which a small profile caps further.
+        """
+        return {name: self.profile.cap(name, value, grid=grid) for name, value in recipe.items()}
 
     def run_id(self, variant, config, seed, manifest=None):
         """Return `<notebook>-<config8>-s<seed>`; the eight digits hash notebook, variant, data and configuration."""

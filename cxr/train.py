@@ -72,7 +72,7 @@ def _train_one(run, variant, recipe, build, seed, *, images, manifest, extra, or
         watched["oracle_test"] = parts["test"]
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)  # the initial weights and dropout of this run
-    model = build(recipe.image_size, augment.STRATEGIES.get(recipe.augment, list)())
+    model = build(recipe.image_size, augment.stack(recipe.augment))
     folder = run.directory / "cache" / "backup" / run_id
     ready = time.monotonic()
     history = fit(model, recipe, *parts["train"], watched, seed=seed, folder=folder)
