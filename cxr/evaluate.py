@@ -55,8 +55,42 @@ def choose_thresholds(y_true, y_score):
     candidates = np.unique(score)[::-1]
     # searchsorted keeps ties together (images that share a score fall on one side); integers keep the maximum exact.
     tp, fp = (part.sum() - np.searchsorted(np.sort(score[part]), candidates) for part in (truth, ~truth))
-    best, reached = np.argmax(tp * (~truth).sum() - fp * truth.sum()), np.argmax(tp * 100 >= 95 * truth.sum())
-    return {"half": 0.5, "youden": float(candidates[best]), "sensitivity_95": float(candidates[reached])}
+    best = np.argmax(tp * (~truth).sum() - fp * truth.sum())
+    return {"half": 0.5, "youden": float(candidates[best]),
+            "sensitivity_95": threshold_for_sensitivity(y_true, y_score, 0.95)}
+
+
+def threshold_for_sensitivity(y_true, y_score, sensitivity):
+    """Return the highest observed score that calls at least this share of the abnormal images abnormal."""
+    truth, score = check(y_true, round_scores(y_score))
+    ordered = np.sort(score[truth])
+    return float(ordered[int(np.floor((1 - sensitivity) * ordered.size + 1e-9))])
+
+
+def per_thousand(sensitivity, specificity, prevalence):
+    """Return the expected counts among 1,000 patients: dict `found`, `missed`, `false_alarms`, `cleared`."""
+    sick = 1000 * prevalence
+    return {"found": sick * sensitivity, "missed": sick * (1 - sensitivity),
+            "false_alarms": (1000 - sick) * (1 - specificity), "cleared": (1000 - sick) * specificity}
+
+
+def net_benefit(y_true, probability, thresholds):
+    """Return the net benefit of acting at each probability threshold: true positives less the false ones it is worth.
+
+    Args:
+        y_true: 0/1 `(n,)`.
+        probability: calibrated, `(n,)` in [0, 1]. All ones gives the curve of acting on everybody.
+        thresholds: float `(m,)` in [0, 1): a threshold t says that one missed case weighs (1 - t) / t false alarms.
+
+    Returns:
+        float `(m,)`, per patient; acting on nobody has 0.
+
+    Source: Vickers and Elkin 2006.
+    """
+    truth, score = check(y_true, probability, probability=True)
+    thresholds = np.asarray(thresholds, float)
+    called = score[None] >= thresholds[:, None]
+    return (called & truth).mean(1) - (called & ~truth).mean(1) * thresholds / (1 - thresholds)
 
 
 def anomaly_threshold(normal_scores, quantile=0.95):

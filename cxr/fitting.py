@@ -23,7 +23,9 @@ class Recipe:
         epochs: largest number of epochs.
         batch_size: images a step.
         learning_rate: of Adam (its peak, under `cosine`).
-        schedule: `constant`, or `cosine`: one epoch of linear warm-up, then a half cosine to zero.
+        schedule: `constant`; `cosine`: one epoch of linear warm-up, then a half cosine to zero; `step`: a tenth every
+            seven epochs (study S1).
+        backbone_rate: learning rate of everything but the classifier, as a share of `learning_rate`.
         weight_decay: of AdamW; 0 is plain Adam.
         balance: `none`; `class_weight` (n / 2n_c); `loss_1.5` (study S1's 1 : 1.5); `oversample` (minority repeated to
             1 : 1); `offline` (the caller adds images, see `repeat`).
@@ -56,6 +58,7 @@ class Recipe:
     weights: str | None = None
     backbone: str | None = None
     strategy: str | None = None
+    backbone_rate: float = 1.0
 
     def config(self):
         """Return the record's `config`: what identifies a recipe, and whatever differs from the default.
@@ -68,11 +71,16 @@ class Recipe:
                 if field.name in always or getattr(self, field.name) != field.default}
 
 
+def _as_input(images):
+    """Return uint8 images `(n, size, size)` with their one channel; activations as they are, in float32."""
+    return images[..., None] if images.dtype == "uint8" else np.asarray(images, "float32")
+
+
 class Batches(keras.utils.PyDataset):
     """Shuffled batches whose order and mixing depend on seed and epoch alone, so that a resumed run sees the same ones.
 
     Args:
-        images: uint8 `(n, size, size)`.
+        images: uint8 `(n, size, size)`, or float activations of `transfer.run_once`.
         labels: float `(n,)` in [0, 1].
         batch_size: images a step; a last batch of one image is left out (it has no batch statistics).
         seed: int.
@@ -97,7 +105,7 @@ class Batches(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         rows = self.order[index * self.batch_size:(index + 1) * self.batch_size]
-        images, labels = self.images[rows][..., None], self.labels[rows][:, None]
+        images, labels = _as_input(self.images[rows]), self.labels[rows][:, None]
         if self.mixing:
             images, labels = augment.mix(images, labels, *self.mixing, seed=[self.seed, self.epoch, index])
         return images, labels
@@ -217,8 +225,8 @@ def save_atomic(save, path):
 
 
 def predict(model, images, batch_size=256):
-    """Return the model's score of each image: float64 `(n,)`, for uint8 images `(n, size, size)`."""
-    parts = [np.asarray(model.predict_on_batch(images[start:start + batch_size][..., None]), "float64")[:, 0]
+    """Return the model's score of each image: float64 `(n,)`, for uint8 images `(n, size, size)` or activations."""
+    parts = [np.asarray(model.predict_on_batch(_as_input(images[start:start + batch_size])), "float64")[:, 0]
              for start in range(0, len(images), batch_size)]
     return np.concatenate(parts)
 
@@ -230,16 +238,37 @@ def class_weights(labels, balance):
     return (1.0, 1.5) if balance == "loss_1.5" else (1.0, 1.0)
 
 
+class DiscriminativeAdamW(keras.optimizers.AdamW):
+    """AdamW whose learning rate, outside the layer `logit`, is the share `backbone_rate` (Howard & Ruder 2018)."""
+
+    def __init__(self, *args, backbone_rate=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.backbone_rate = backbone_rate
+
+    def build(self, variables):
+        """Look up the share of each variable once; the steps see the backend's variables, which have no path."""
+        super().build(variables)
+        self.shares = [1.0 if "logit" in variable.path.split("/") else self.backbone_rate for variable in variables]
+
+    def update_step(self, gradient, variable, learning_rate):
+        """Update one variable at its own rate."""
+        share = self.shares[self._get_variable_index(variable)]
+        super().update_step(gradient, variable, ops.cast(learning_rate, variable.dtype) * share)
+
+
 def _compile(model, recipe, labels, steps):
     rate = recipe.learning_rate
     if recipe.schedule == "cosine":
         rate = keras.optimizers.schedules.CosineDecay(0.0, steps * (recipe.epochs - 1), warmup_target=rate,
                                                       warmup_steps=steps)
+    if recipe.schedule == "step":
+        rate = keras.optimizers.schedules.ExponentialDecay(rate, 7 * steps, 0.1, staircase=True)
     negative, positive = class_weights(labels, recipe.balance)
     # XLA halves the speed of convolutions on a CPU under TensorFlow; elsewhere Keras knows best.
     on_cpu = not [name for name in keras.distribution.list_devices() if not name.startswith("cpu")]
     jit = False if keras.backend.backend() == "tensorflow" and on_cpu else "auto"
-    model.compile(keras.optimizers.AdamW(rate, weight_decay=recipe.weight_decay),
+    optimizer = DiscriminativeAdamW(rate, weight_decay=recipe.weight_decay, backbone_rate=recipe.backbone_rate)
+    model.compile(optimizer,
                   WeightedBinaryCrossentropy(float(negative), float(positive), recipe.label_smoothing),
                   metrics=[_HardAUC(name="auc")], jit_compile=jit)
 
@@ -250,7 +279,7 @@ def fit(model, recipe, images, labels, watched, *, seed, folder):
     Args:
         model: uncompiled `keras.Model` ending in one probability.
         recipe: `Recipe`.
-        images: uint8 `(n, size, size)`.
+        images: uint8 `(n, size, size)`, or activations, which `model` then takes.
         labels: 0/1 int `(n,)`.
         watched: see `Watch`.
         seed: of the order of batches and of mixing.

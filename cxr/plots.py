@@ -292,3 +292,20 @@ def operating_points(y_true, y_score, thresholds):
     axis.set(xlabel="threshold", ylabel="share of images", ylim=(-0.02, 1.02))
     axis.legend(loc="center left")
     return figure
+
+
+@_styled
+def decision_curve(y_true, probabilities):
+    """Show the net benefit of acting on each probability threshold; `probabilities`: dict label -> float `(n,)`."""
+    cuts = np.linspace(0.01, 0.95, 95)
+    figure, axis = plt.subplots(figsize=(6.8, 3.9))
+    everybody = evaluate.net_benefit(y_true, np.ones(len(y_true)), cuts)
+    axis.plot(cuts, everybody, color=FAINT, lw=1.4, label="act on everybody")
+    axis.axhline(0, color=FAINT, lw=1.4, ls=":", label="act on nobody")
+    for label, probability in probabilities.items():
+        axis.plot(cuts, evaluate.net_benefit(y_true, probability, cuts), label=label)
+    top = np.mean(y_true)
+    axis.set(xlabel="probability at which one would act", ylabel="net benefit per patient")
+    axis.set_ylim(-0.12 * top, 1.08 * top)
+    axis.legend(loc="lower left")
+    return figure

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from cxr import augment
+from cxr import augment, transfer
 from cxr.fitting import Recipe, fit, predict, save_atomic
 
 __all__ = ["Recipe", "fit", "labels_of", "predict", "predictions", "repeat", "rescore"]
@@ -75,7 +75,13 @@ def _train_one(run, variant, recipe, build, seed, *, images, manifest, extra, or
     model = build(recipe.image_size, augment.stack(recipe.augment))
     folder = run.directory / "cache" / "backup" / run_id
     ready = time.monotonic()
-    history = fit(model, recipe, *parts["train"], watched, seed=seed, folder=folder)
+    part = model
+    if transfer.is_stored(recipe):
+        body, part = transfer.split(model, recipe.strategy)
+        store = functools.partial(transfer.run_once, body, folder=run.directory / "cache" / "activations")
+        parts["train"] = store(parts["train"][0]), parts["train"][1]
+        watched = {name: (store(pixels), truth) for name, (pixels, truth) in watched.items()}
+    history = fit(part, recipe, *parts["train"], watched, seed=seed, folder=folder)
     trained = time.monotonic()
     table = predictions(model, manifest, images, shifted)
     served = keras.Model(model.input, model.output, name=model.name)  # without optimizer and loss

@@ -1,9 +1,12 @@
 """Networks of `keras.applications` on grey X-rays: pretrained or not, and how much of them is trained."""
 
+import hashlib
 import os
 import pathlib
+import shutil
 
 import keras
+import numpy as np
 from keras import layers
 
 from cxr import models
@@ -72,7 +75,7 @@ def _weights_file(weights):
     return found
 
 
-def build(name, strategy, image_size, augmentation=(), *, weights="imagenet"):
+def build(name, strategy, image_size, augmentation=(), *, weights="imagenet", domain=None):
     """Return a network for one probability on a backbone, with as much of it trainable as `strategy` says.
 
     BatchNorm of frozen layers runs in inference mode. Trained ones forget faster than Keras's 0.99 and 0.999, which lag
@@ -84,6 +87,7 @@ def build(name, strategy, image_size, augmentation=(), *, weights="imagenet"):
         image_size: side of the square image in pixels.
         augmentation: list of Keras layers, see `models`.
         weights: see `backbone`.
+        domain: `(mean, std)` of the grey levels in [0, 1] to standardise with in place of ImageNet's, or `None`.
 
     Raises:
         ValueError: unknown strategy, or one that this backbone has no stages for; and as `backbone`.
@@ -100,7 +104,89 @@ def build(name, strategy, image_size, augmentation=(), *, weights="imagenet"):
         layer.trainable = index >= trainable
         if isinstance(layer, layers.BatchNormalization):
             layer.momentum = 0.9
-    _, _, (scale, offset), _ = BACKBONES.get(name, (name, {}, _INSIDE, None))
     inputs, x = models.image_input(image_size, augmentation, channels=3)
-    x = network(layers.Rescaling(scale, offset)(layers.Rescaling(255.0)(x)))
+    if domain:  # what the network takes for an image of ImageNet's mean and deviation is one of this domain's
+        mean, std = domain
+        scale = np.array(_IMAGENET_STD) / std
+        x = layers.Rescaling(scale.tolist(), (_IMAGENET_MEAN - mean * scale).tolist(), name="domain")(x)
+    _, _, (scale, offset), _ = BACKBONES.get(name, (name, {}, _INSIDE, None))
+    x = layers.Rescaling(scale, offset)(layers.Rescaling(255.0)(x))
+    x = network(x, training=False) if strategy == "frozen" else network(x)  # no drop path in what is not trained
     return models.classifier(inputs, layers.Dropout(0.3)(x), name)
+
+
+def is_stored(recipe):
+    """Return whether the frozen part of a `fitting.Recipe` sees the same in each epoch, so that once is enough."""
+    return recipe.strategy in ("frozen", "partial") and recipe.augment == "none" and recipe.mixing is None
+
+
+def split(model, strategy):
+    """Return `(body, tail)`: what a `build` model never changes, and what it trains; both share its layers.
+
+    Args:
+        model: of `build`, without augmentation (which would change the input of the body at every step).
+        strategy: `frozen` or `partial`, as the model was built.
+
+    Returns:
+        `keras.Model` from images to the activations at the cut, and one from there to the probability.
+    """
+    place = next(index for index, layer in enumerate(model.layers) if isinstance(layer, keras.Model))
+    network, features = model.layers[place], model.layers[place + 1].input
+    head = keras.Model(features, model.output)
+    if strategy == "frozen":
+        return keras.Model(model.input, features), head
+    cut = network.get_layer(BACKBONES[model.name][3]).input
+    start = keras.Model(network.input, cut)
+    if start.trainable_weights:
+        raise ValueError(f"{model.name} trains layers before its cut; was it built with another strategy?")
+    body = keras.Model(model.input, start(model.layers[place - 1].output, training=False))
+    activations = keras.Input(body.output.shape[1:], name="activations")
+    return body, keras.Model(activations, head(keras.Model(cut, network.output)(activations)), name=model.name)
+
+
+def run_once(body, images, folder):
+    """Return what `body` puts out for each image, computed once for these weights and images and memory-mapped.
+
+    Pooled features are stored in float16, which moves a linear classifier's probability by about 1e-5. Feature maps
+    stay in float32: the batch normalisation that is trained behind them would make more of the difference.
+
+    Args:
+        body: of `split`.
+        images: uint8 `(n, size, size)`.
+        folder: where the arrays lie.
+
+    Returns:
+        float `(n, …)`, read-only, on disk: it may be larger than the memory.
+
+    Raises:
+        OSError: too little room in `folder`; nothing is left behind.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(images))
+    for weight in body.get_weights():
+        digest.update(np.ascontiguousarray(weight))
+    path = pathlib.Path(folder) / f"{digest.hexdigest()[:24]}.npy"
+    if not path.exists():
+        _store(body, images, path)
+    return np.load(path, mmap_mode="r")
+
+
+def _store(body, images, path, batch_size=128):
+    shape = (len(images), *np.shape(body.predict_on_batch(images[:1][..., None]))[1:])
+    dtype = np.dtype("float16" if len(shape) == 2 else "float32")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wanted, free = int(np.prod(shape)) * dtype.itemsize, shutil.disk_usage(path.parent).free
+    if wanted > 0.9 * free:
+        raise OSError(f"The activations need {wanted / 1e9:.1f} GB in {path.parent} and {free / 1e9:.1f} GB are free. "
+                      "Make room, take smaller images, or train with augmentation, which stores nothing.")
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        stored = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+        progress = keras.utils.Progbar(len(images), unit_name="image")
+        for start in range(0, len(images), batch_size):
+            part = images[start:start + batch_size]
+            stored[start:start + len(part)] = body.predict_on_batch(part[..., None])
+            progress.add(len(part))
+        stored.flush()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

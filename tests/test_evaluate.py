@@ -112,6 +112,26 @@ def test_thresholds_keep_their_promise_on_validation(sample, scale):
     assert all(found["sensitivity@x"] < 0.95 for t, found in at.items() if t > chosen["sensitivity_95"])
 
 
+@given(st.integers(0, 2**20), st.sampled_from([0.5, 0.9, 0.95, 0.99, 1.0]), st.sampled_from([1, 2, 6]))
+@settings(max_examples=40, deadline=None)
+def test_a_threshold_for_sensitivity_reaches_it_and_no_higher_score_does(seed, wanted, digits):
+    y_true, y_score, _ = sample(seed=seed, digits=digits)
+    cut = evaluate.threshold_for_sensitivity(y_true, y_score, wanted)
+    reached = {score: np.mean(y_score[y_true == 1] >= score) for score in np.unique(y_score)}
+    assert reached[cut] >= wanted - 1e-12
+    assert all(value < wanted for score, value in reached.items() if score > cut)
+
+
+def test_per_thousand_and_net_benefit_by_hand():
+    found = evaluate.per_thousand(0.9, 0.8, 0.05)
+    assert {name: round(value, 9) for name, value in found.items()} == {
+        "found": 45, "missed": 5, "false_alarms": 190, "cleared": 760}
+    y_true, probability = [1, 1, 0, 0], [0.9, 0.4, 0.6, 0.1]
+    np.testing.assert_allclose(evaluate.net_benefit(y_true, probability, [0.2, 0.5]), [0.5 - 0.25 * 0.25, 0.25 - 0.25])
+    everybody = evaluate.net_benefit(y_true, np.ones(4), [0.0, 0.5])
+    np.testing.assert_allclose(everybody, [0.5, 0.0])  # at the prevalence, acting on everybody gains nothing
+
+
 def test_thresholds_survive_the_table_on_disk(tmp_path):
     table = frame(strength=8)  # nearly saturated: most scores differ only beyond the sixth digit
     before = evaluate.record_metrics(table, num_resamples=100)

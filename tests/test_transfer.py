@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from cxr import augment, transfer
+from cxr import augment, fitting, transfer
 
 
 def trained_parameters(model):
@@ -69,3 +69,54 @@ def test_weights_that_are_missing_or_of_another_network(tmp_path, monkeypatch):
     (tmp_path / "mine.weights.h5").write_bytes(b"not weights")
     with pytest.raises(OSError, match="mine.weights.h5"):
         transfer.build("mobilenet_v2", "full", 32, weights="mine.weights.h5")
+
+
+@pytest.mark.parametrize("strategy", ["frozen", "partial"])
+def test_training_on_stored_activations_equals_the_plain_fit(strategy, tmp_path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (48, 64, 64)).astype("uint8"), np.arange(48) % 2
+    images[labels == 1, 20:40, 20:40] //= 2
+    recipe = fitting.Recipe("mobilenet_v2", 64, 2, batch_size=16, strategy=strategy, backbone_rate=0.1)
+    scores, histories = [], []
+    for stored in (False, True):
+        keras.utils.set_random_seed(1)
+        model = transfer.build("mobilenet_v2", strategy, 64, weights=None)
+        part, inputs = model, images
+        if stored:
+            body, part = transfer.split(model, strategy)
+            inputs = transfer.run_once(body, images, tmp_path / "activations")
+        histories.append(fitting.fit(part, recipe, inputs, labels, {"val": (inputs, labels)}, seed=0,
+                                     folder=tmp_path / f"backup{stored}"))
+        scores.append(fitting.predict(model, images))  # the whole network holds what its tail has learnt
+    np.testing.assert_allclose(*scores, atol=1e-4)
+    np.testing.assert_allclose(histories[0]["loss"], histories[1]["loss"], atol=1e-4)
+
+
+def test_activations_are_stored_once_and_depend_on_images_and_weights(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32)).astype("uint8")
+    body, _ = transfer.split(transfer.build("mobilenet_v2", "frozen", 32, weights=None), "frozen")
+    first = transfer.run_once(body, images, tmp_path)
+    np.testing.assert_allclose(first, body.predict(images[..., None], verbose=0), rtol=1e-3, atol=1e-4)
+    transfer.run_once(body, images, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    transfer.run_once(body, images[::-1], tmp_path)
+    other = transfer.split(transfer.build("mobilenet_v2", "frozen", 32, weights=None), "frozen")
+    transfer.run_once(other[0], images, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_full_disk_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    body, _ = transfer.split(transfer.build("mobilenet_v2", "frozen", 32, weights=None), "frozen")
+    with pytest.raises(OSError, match="are free"):
+        transfer.run_once(body, np.zeros((4, 32, 32), "uint8"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_grey_levels_of_the_domain_arrive_as_those_of_imagenet():
+    model = transfer.build("efficientnet_b0", "full", 32, weights=None, domain=(0.3632, 0.3119))
+    scaled = keras.Model(model.input, model.get_layer("domain").output)
+    grey = np.full((1, 4, 4, 1), 255 * (0.3632 + 0.3119))
+    normalised = (keras.ops.convert_to_numpy(scaled(np.repeat(np.repeat(grey, 8, 1), 8, 2)))[0, 0, 0]
+                  - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+    np.testing.assert_allclose(normalised, 1, atol=1e-4)

@@ -1,0 +1,163 @@
+"""Where a network looks: Grad-CAM and occlusion, and whether a map falls on what it should.
+
+Maps are float32 `(n, size, size)` in [0, 1] of the size of the images. A map says where the score comes from, not why;
+so this module also scores maps against masks, and `randomised` gives the network whose map should be worth nothing.
+"""
+
+import keras
+import numpy as np
+import pandas as pd
+from keras import ops
+from sklearn import metrics
+
+
+def grad_cam(model, images, *, label=1):
+    """Return the Grad-CAM map of each image: which places of the last feature map speak for `label`.
+
+    The network is cut at its last feature map, also inside a nested backbone, and the *logit* is differentiated: behind
+    a saturated sigmoid every gradient is zero.
+
+    Args:
+        model: network of `models` or `transfer`, ending in `logit` and a sigmoid.
+        images: uint8 `(n, size, size)`.
+        label: 1 explains pneumonia, 0 normal.
+
+    Returns:
+        Maps, each divided by its own maximum; all zero where nothing speaks for `label`.
+
+    Source: Selvaraju et al. 2017.
+    """
+    body, tail = _at_last_map(model)
+    maps = []
+    for start in range(0, len(images), 64):
+        features = ops.convert_to_tensor(body.predict_on_batch(images[start:start + 64][..., None]))
+        gradient = _gradient(tail, features) * (1 if label else -1)
+        weight = gradient.mean((1, 2), keepdims=True)
+        maps.append(np.maximum((weight * ops.convert_to_numpy(features)).sum(-1), 0))
+    size = images.shape[1]
+    heat = ops.convert_to_numpy(ops.image.resize(np.concatenate(maps)[..., None], (size, size)))[..., 0]
+    return _scaled(heat)
+
+
+def _scaled(heat):
+    """Return non-negative maps divided each by its maximum."""
+    largest = heat.max((1, 2), keepdims=True)
+    return np.divide(heat, largest, out=np.zeros_like(heat, "float32"), where=largest > 0)
+
+
+def _at_last_map(model):
+    """Return the network up to its last feature map, and from there to the logit; layers are shared with `model`."""
+    logit = model.get_layer("logit").output
+    place = next((i for i, layer in enumerate(model.layers) if isinstance(layer, keras.Model)), None)
+    if place is None:
+        features = _last_map(model)
+        return keras.Model(model.input, features), keras.Model(features, logit)
+    network = model.layers[place]
+    features = _last_map(network)
+    start, end = keras.Model(network.input, features), keras.Model(features, network.output)
+    body = keras.Model(model.input, start(model.layers[place - 1].output))
+    inputs = keras.Input(body.output.shape[1:])
+    return body, keras.Model(inputs, keras.Model(model.layers[place + 1].input, logit)(end(inputs)))
+
+
+def _last_map(network):
+    """Return the last tensor of `network` that still has two spatial axes."""
+    found = [layer.output for layer in network.layers if len(layer.output.shape) == 4]
+    if not found:
+        raise ValueError(f"{network.name} has no feature map with two spatial axes: Grad-CAM needs a convolution.")
+    return found[-1]
+
+
+def _gradient(tail, features):
+    """Return d logit / d features as an array: the one place where a backend must be named."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(features)
+            total = ops.sum(tail(features, training=False))
+        return tape.gradient(total, features).numpy()
+    if backend == "jax":
+        import jax
+
+        trained, others = tail.trainable_variables, tail.non_trainable_variables
+        total = lambda x: tail.stateless_call(trained, others, x, training=False)[0].sum()  # noqa: E731
+        return np.asarray(jax.grad(total)(features))
+    raise ValueError(f"Grad-CAM needs TensorFlow or JAX and KERAS_BACKEND is {backend!r}; occlusion runs anywhere.")
+
+
+def occlusion(model, images, *, label=1, share=0.2):
+    """Return the occlusion map of each image: how much the logit drops when a square patch is painted grey.
+
+    Slower than `grad_cam` by the number of patches, but it needs no gradient, no layer and no assumption.
+
+    Args:
+        model: network ending in `logit` and a sigmoid.
+        images: uint8 `(n, size, size)`.
+        label: 1 explains pneumonia, 0 normal.
+        share: side of the patch as a share of the image; patches overlap by half.
+
+    Returns:
+        Maps as of `grad_cam`. The patch takes the image's own mean, the least conspicuous constant.
+
+    Source: Zeiler and Fergus 2014.
+    """
+    to_logit = keras.Model(model.input, model.get_layer("logit").output)
+    size = images.shape[1]
+    side = max(2, round(share * size))
+    starts = np.unique(np.linspace(0, size - side, int(np.ceil(2 * (size - side) / side)) + 1).round().astype(int))
+    places = [np.s_[top:top + side, left:left + side] for top in starts for left in starts]
+    heat = np.zeros(images.shape, "float32")
+    for image, out in zip(images, heat, strict=True):
+        painted = np.repeat(image[None], len(places) + 1, axis=0)
+        for copy, place in zip(painted[1:], places, strict=True):
+            copy[place] = round(float(image.mean()))
+        whole, *hidden = to_logit.predict_on_batch(painted[..., None])[:, 0] * (1 if label else -1)
+        count = np.zeros_like(out)
+        for value, place in zip(hidden, places, strict=True):
+            out[place] += max(float(whole - value), 0)
+            count[place] += 1
+        out /= np.maximum(count, 1)
+    return _scaled(heat)
+
+
+def randomised(model, seed=0):
+    """Return the same network with fresh random weights: a map that survives this does not depend on what was learnt.
+
+    Source: Adebayo et al. 2018.
+    """
+    keras.utils.set_random_seed(seed)
+    return keras.models.clone_model(model)
+
+
+def centre_blob(images):
+    """Return a Gaussian in the middle for each image: the map that a lesion-blind method should not be below."""
+    size = images.shape[1]
+    distance = (np.arange(size) - (size - 1) / 2) / (size / 4)
+    blob = np.exp(-(distance[:, None] ** 2 + distance**2) / 2).astype("float32")
+    return np.repeat(blob[None], len(images), axis=0)
+
+
+def localisation(heat, masks):
+    """Return how well each map falls on its mask, as a DataFrame with one row a map whose mask is not empty.
+
+    Args:
+        heat: float `(n, size, size)`, 0 at least.
+        masks: bool `(n, size, size)`, such as the lesion masks of `phantom.masks`.
+
+    Returns:
+        Columns `pointing` (share of the map's maxima inside the mask; a blank map points anywhere), `energy` (share of
+        the map inside), `average_precision` (of the pixels) and `chance` (share of the image that the mask covers,
+        which is what all three give for a map that knows nothing).
+
+    Source: Zhang et al. 2018 (pointing game); Wang et al. 2020 (energy).
+    """
+    rows = []
+    for index in np.flatnonzero(masks.any((1, 2))):
+        one, mask = heat[index].astype("float64"), masks[index].astype(bool)
+        one = one if one.max() > 0 else np.ones_like(one)
+        rows.append({"image": index, "pointing": mask[one >= one.max()].mean(), "energy": one[mask].sum() / one.sum(),
+                     "average_precision": metrics.average_precision_score(mask.ravel(), one.ravel()),
+                     "chance": mask.mean()})
+    return pd.DataFrame(rows, columns=["image", "pointing", "energy", "average_precision", "chance"]).set_index("image")
