@@ -21,13 +21,24 @@ def main(arguments=None):
 
 def _parser():
     parser = argparse.ArgumentParser("cxr", description="A chest X-ray lab: research and teaching, not diagnosis.")
-    commands = parser.add_subparsers(required=True, metavar="{phantom,audit,report}")
+    commands = parser.add_subparsers(required=True, metavar="{phantom,audit,predict,evaluate,report}")
     _phantom_parser(commands.add_parser("phantom", help="write a set of synthetic chest X-rays"))
     audit = commands.add_parser("audit", help="look for copies, shared patients, unreadable files and shortcuts")
     audit.add_argument("source", help="phantom, kaggle, pneumoniamnist, a folder or .npz, or several joined by ':'")
     audit.add_argument("--json", metavar="FILE", help="also write what was found as JSON")
     audit.add_argument("--cache", metavar="DIR", help="where decoded images are kept (default: runs/cache)")
     audit.set_defaults(command=_audit)
+    predict = commands.add_parser("predict", help="score images with a trained model: table, heatmaps, warnings")
+    predict.add_argument("paths", nargs="+", metavar="PATH", help="images (JPEG, PNG, DICOM …) or folders of them")
+    predict.add_argument("--out", metavar="DIR", default="predictions", help="folder of the results (%(default)s)")
+    predict.set_defaults(command=_predict)
+    evaluate = commands.add_parser("evaluate", help="score a labelled set with a model and its frozen thresholds")
+    evaluate.add_argument("source", help="as for audit; not the set that the model was trained on")
+    evaluate.add_argument("--out", metavar="DIR", default="runs/external", help="folder of the record (%(default)s)")
+    evaluate.set_defaults(command=_evaluate)
+    for parser_with_model in (predict, evaluate):
+        parser_with_model.add_argument("--model", required=True, metavar="RUN_ID_OR_FILE",
+                                       help="run id of an exported model, or its .keras file")
     report = commands.add_parser("report", help="check records against their predictions and make their tables")
     report.add_argument("results", nargs="*", help="folders with records/ and predictions/")
     report.add_argument("--readme", metavar="FILE", help="rewrite the results between this file's markers")
@@ -73,6 +84,34 @@ def _audit(source, json, cache):
         records.write_atomic(json, _dumps(found))
     print(audit.format_table(found))
     return audit.exit_code(found)
+
+
+def _predict(paths, model, out):
+    from cxr import deploy, predict
+
+    files = predict.find_files(paths)
+    network, about = deploy.load(model)
+    table = predict.score_files(files, network, about, out)
+    page = predict.write_page(table, about, out)
+    failed = table["error"].ne("")
+    for row in table[failed].itertuples():
+        print(f"{row.file}: {row.error}", file=sys.stderr)
+    print(f"{len(table)} files: {(~failed).sum()} scored, {failed.sum()} failed, "
+          f"{table['out_of_distribution'].eq(True).sum()} with a warning; {page}")
+    print("Research and teaching, not diagnosis.")
+    return int(failed.all())
+
+
+def _evaluate(source, model, out):
+    from cxr import deploy, predict
+
+    network, about = deploy.load(model)
+    record = predict.external(source, network, about, out)
+    for name in ("auc", *(f"{metric}@{about['threshold']}" for metric in ("accuracy", "sensitivity", "specificity"))):
+        found = record["metrics"][name]
+        print(f"{name}: {found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f}), n = {found['n']}")
+    print(f"{out}/{record['run_id']}.json")
+    return 0
 
 
 def _dumps(value):

@@ -109,6 +109,22 @@ def stack(name):
     return acquisition() if name == "acquisition" else STRATEGIES.get(name, list)()
 
 
+def copies(images, name):
+    """Return one augmented copy of each image, drawn once: offline augmentation, as study S1 did it.
+
+    Args:
+        images: uint8 `(n, size, size)`.
+        name: see `stack`. The draws come from Keras's global seed (`keras.utils.set_random_seed`).
+    """
+    layers_of_copy, out = stack(name), np.empty_like(images)
+    for start in range(0, len(images), 256):
+        part = ops.convert_to_tensor(images[start:start + 256, ..., None] / np.float32(255))
+        for layer in layers_of_copy:
+            part = layer(part, training=True)
+        out[start:start + 256] = np.round(255 * np.clip(ops.convert_to_numpy(part)[..., 0], 0, 1))
+    return out
+
+
 def _check_ratio(mode, ratio):
     if mode not in MIX_MODES:
         raise ValueError(f"Mixing mode is {mode!r}; choose one of {', '.join(MIX_MODES)}.")

@@ -4,6 +4,8 @@ Maps are float32 `(n, size, size)` in [0, 1] of the size of the images. A map sa
 so this module also scores maps against masks, and `randomised` gives the network whose map should be worth nothing.
 """
 
+import functools
+
 import keras
 import numpy as np
 import pandas as pd
@@ -45,6 +47,7 @@ def _scaled(heat):
     return np.divide(heat, largest, out=np.zeros_like(heat, "float32"), where=largest > 0)
 
 
+@functools.lru_cache(maxsize=1)  # many calls with one model: Keras compiles each new network once
 def _at_last_map(model):
     """Return the network up to its last feature map, and from there to the logit; layers are shared with `model`."""
     logit = model.get_layer("logit").output
@@ -87,7 +90,7 @@ def _gradient(tail, features):
     raise ValueError(f"Grad-CAM needs TensorFlow or JAX and KERAS_BACKEND is {backend!r}; occlusion runs anywhere.")
 
 
-def occlusion(model, images, *, label=1, share=0.2):
+def occlusion(model, images, *, label=1, share=0.15):
     """Return the occlusion map of each image: how much the logit drops when a square patch is painted grey.
 
     Slower than `grad_cam` by the number of patches, but it needs no gradient, no layer and no assumption.

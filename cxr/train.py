@@ -11,7 +11,7 @@ import pandas as pd
 from cxr import augment, transfer
 from cxr.fitting import Recipe, fit, predict, save_atomic
 
-__all__ = ["Recipe", "fit", "labels_of", "predict", "predictions", "repeat", "rescore"]
+__all__ = ["Recipe", "fit", "labels_of", "load_model", "predict", "predictions", "repeat", "rescore"]
 
 
 def labels_of(manifest):
@@ -63,6 +63,7 @@ def _train_one(run, variant, recipe, build, seed, *, images, manifest, extra, or
     rows = {name: np.flatnonzero(split == name) for name in ("train", "val", "test")}
     parts = {name: (images[index], labels[index]) for name, index in rows.items()}
     if extra is not None:
+        keras.utils.set_random_seed(seed)  # the draws of augmented copies
         parts["train"] = tuple(np.concatenate(pair) for pair in zip(parts["train"], extra(seed), strict=True))
     shifted = augment.shift_validation(parts["val"][0], seed=0)
     watched = {"val": parts["val"]}
@@ -94,6 +95,19 @@ def _train_one(run, variant, recipe, build, seed, *, images, manifest, extra, or
     return record
 
 
+def load_model(run, record):
+    """Return the trained `keras.Model` of a record of this `records.Run`.
+
+    Raises:
+        FileNotFoundError: the model is not on this machine.
+    """
+    path = run.directory / "models" / f"{record['run_id']}.keras"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: models stay on the machine that trained them. "
+                                f"Move {record['run_id']}.json away and run the notebook again.")
+    return keras.models.load_model(path, safe_mode=True)
+
+
 def rescore(run, variant, record, images):
     """Return the record of a finished run's model on other images of the same patients, such as shifted ones.
 
@@ -109,10 +123,6 @@ def rescore(run, variant, record, images):
     config = record["config"] | {"scored_on": variant}
     if found := run.load(run.run_id(variant, config, record["seed"])):
         return found
-    path = run.directory / "models" / f"{record['run_id']}.keras"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: models stay on the machine that trained them. "
-                                f"Move {record['run_id']}.json away and run the notebook again.")
     start = time.monotonic()
-    table = predictions(keras.models.load_model(path, safe_mode=True), run.manifest, images)
+    table = predictions(load_model(run, record), run.manifest, images)
     return run.save(variant, config, record["seed"], table, seconds={"predict": round(time.monotonic() - start, 2)})

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from cxr import models
+from cxr import augment, models
 
 STRATEGIES = ("frozen", "partial", "full")
 
@@ -117,7 +117,8 @@ def build(name, strategy, image_size, augmentation=(), *, weights="imagenet", do
 
 def is_stored(recipe):
     """Return whether the frozen part of a `fitting.Recipe` sees the same in each epoch, so that once is enough."""
-    return recipe.strategy in ("frozen", "partial") and recipe.augment == "none" and recipe.mixing is None
+    acts_at_each_step = recipe.mixing is not None or augment.stack(recipe.augment)
+    return recipe.strategy in ("frozen", "partial") and not acts_at_each_step
 
 
 def split(model, strategy):

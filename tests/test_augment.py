@@ -88,3 +88,14 @@ def test_shifted_validation_is_fixed_and_changes_every_image():
     np.testing.assert_array_equal(source, np.repeat(np.arange(5), 3))
     np.testing.assert_array_equal(shifted, augment.shift_validation(images, seed=0)[0])
     assert all((one != images[row]).any() for one, row in zip(shifted, source, strict=True))
+
+
+def test_offline_copies_are_drawn_from_the_global_seed_and_keep_the_type():
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32)).astype("uint8")
+    drawn = []
+    for _ in range(2):
+        keras.utils.set_random_seed(3)
+        drawn.append(augment.copies(images, "acquisition"))
+    np.testing.assert_array_equal(*drawn)
+    assert drawn[0].dtype == np.uint8 and drawn[0].shape == images.shape and (drawn[0] != images).any((1, 2)).all()
+    np.testing.assert_array_equal(augment.copies(images, "none"), images)

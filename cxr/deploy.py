@@ -1,0 +1,101 @@
+"""A model to hand on: a `.keras` file, and beside it a `.json` with where it decides and which images it knows."""
+
+import json
+import pathlib
+import zipfile
+
+import keras
+import numpy as np
+
+from cxr import decode, records, sources, train
+from cxr.fitting import save_atomic
+
+THRESHOLD = "sensitivity_95_shifted"
+SIDE = 32  # of the mean image: enough to know a chest from a hand, too little to know a patient
+BATCH = 64
+
+
+def export(run, record, folder):
+    """Write the model of a record and what is needed to use it into `folder`; return the path of the `.keras` file.
+
+    Args:
+        run: `records.Run` that trained it, with its images at hand.
+        record: of `train.repeat`.
+        folder: where `<run_id>.keras` and `<run_id>.json` go.
+    """
+    model, size = train.load_model(run, record), record["config"]["image_size"]
+    rows = np.flatnonzero(run.manifest["split"].isin(["train", "val"]))
+    images = run.images(size)[rows[::-(-len(rows) // 1000)]]
+    features = features_of(model).predict(images[..., None], verbose=0, batch_size=BATCH)
+    known = {"mean": features.mean(0).round(5).tolist(), "std": features.std(0).round(5).tolist(),
+             "image": _small(images).mean(0).round(1).tolist()}
+    distance = distance_to(features, known)
+    alike = [likeness(small, known) for small in _small(images)]
+    known |= {"largest_distance": round(float(np.quantile(distance, 0.995)), 4),
+              "smallest_likeness": round(float(min(0.5, np.quantile(alike, 0.005))), 4)}
+    about = {"schema": 1, "run_id": record["run_id"], "variant": record["variant"], "source": record["data"]["source"],
+             "synthetic": record["data"]["synthetic"], "image_size": size, "thresholds": record["thresholds"],
+             "threshold": THRESHOLD, "temperature": record["calibration"]["temperature"], "known": known,
+             "test": {name: record["metrics"]["test"][name] for name in
+                      ("auc", *(f"{metric}@{THRESHOLD}" for metric in ("sensitivity", "specificity", "ppv")))}}
+    path = pathlib.Path(folder) / f"{record['run_id']}.keras"
+    save_atomic(model.save, path)
+    records.write_atomic(path.with_suffix(".json"), json.dumps(about) + "\n")
+    return path
+
+
+def load(name):
+    """Return `(model, about)` of an exported model.
+
+    Args:
+        name: run id, looked up in `results/*/models` and `runs/*/models`, or the path of a `.keras` file.
+
+    Raises:
+        FileNotFoundError: no such model, or no `.json` beside it.
+        ValueError: not a model of this lab, or one that would run code of its own.
+    """
+    path = pathlib.Path(name)
+    exported = {file.stem: file.with_suffix(".keras") for top in ("runs", "results")
+                for file in sorted(sources.root().glob(f"{top}/*/models/*.json"))}
+    path = exported.get(str(name), path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no model {name}. Give the path of a .keras file, or one of: "
+                                f"{', '.join(exported) or 'none is exported yet'}.")
+    if path.suffix != ".keras" or not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a .keras file. Pickles and other formats are not loaded: they can run code.")
+    beside = path.with_suffix(".json")
+    if not beside.is_file():
+        raise FileNotFoundError(f"{beside} is missing: it holds the operating point. Export the model again.")
+    try:
+        about = json.loads(beside.read_text())
+        about["known"]["largest_distance"], about["thresholds"][about["threshold"]]
+        model = keras.models.load_model(path, safe_mode=True, compile=False)
+        model.get_layer("logit")
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"{path} is not a model of this lab, or it would run code of its own ({reason}).") from error
+    return model, about
+
+
+def features_of(model):
+    """Return the network up to what its classifier reads."""
+    return keras.Model(model.input, model.get_layer("logit").input)
+
+
+def _small(images):
+    """Return images as float `(n, SIDE, SIDE)`."""
+    return np.stack([decode.fit(image, SIDE) for image in images]).astype("float32")
+
+
+def distance_to(features, known):
+    """Return how far each row lies from the images it knows, in standard deviations a feature: float `(n,)`."""
+    scale = np.maximum(known["std"], 1e-3)
+    return np.sqrt((((features - np.array(known["mean"])) / scale) ** 2).mean(1))
+
+
+def likeness(small, known):
+    """Return the correlation of one small image with the mean image of the set, in [-1, 1]."""
+    mean = np.array(known["image"])
+    if small.std() < 1:
+        return 0.0
+    return float(np.corrcoef(small.ravel(), mean.ravel())[0, 1])

@@ -1,0 +1,258 @@
+"""Score files with a trained network, each with a heatmap and warnings, or a labelled set under frozen thresholds."""
+
+import base64
+import concurrent.futures
+import csv
+import hashlib
+import io
+import json
+import os
+import pathlib
+import zipfile
+
+import cv2
+import jinja2
+import numpy as np
+import pandas as pd
+import PIL.Image
+import tqdm
+
+from cxr import data, decode, deploy, evaluate, explain, records, train
+from cxr.fitting import predict
+
+COLUMNS = ["file", "sha256", "probability", "calibrated_probability", "decision", "out_of_distribution", "warnings",
+           "error"]
+CHUNK = 64
+
+
+def find_files(paths):
+    """Return the files to score, sorted: those given, and every visible file below the folders given.
+
+    Raises:
+        FileNotFoundError: a path that does not exist, or nothing to score.
+    """
+    found = []
+    for path in map(pathlib.Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist. Give images (JPEG, PNG, DICOM …) or folders of them.")
+        inside = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        found += [file for file in inside if path == file or not any(part.startswith(".") for part in
+                                                                     file.relative_to(path).parts)]
+    if not found:
+        raise FileNotFoundError(f"{', '.join(map(str, paths))}: no files in there.")
+    return list(dict.fromkeys(found))
+
+
+def _read(file):
+    """Return `(bytes' SHA-256, grey pixels, warnings)` of one file, or raise `ValueError` with the reason."""
+    if file.stat().st_size > data.MAX_BYTES:
+        raise ValueError(f"larger than {data.MAX_BYTES >> 20} MiB")
+    content = file.read_bytes()
+    if zipfile.is_zipfile(io.BytesIO(content)):
+        raise ValueError("an archive: unpack it and give the folder")
+    pixels, warnings = decode.decode(content), []
+    if min(pixels.shape) < 16:
+        raise ValueError(f"{pixels.shape[1]} x {pixels.shape[0]} pixels: too small for an X-ray")
+    if content[128:132] == b"DICM":
+        warnings += _dicom_warnings(content)
+    else:
+        with PIL.Image.open(io.BytesIO(content)) as image:
+            if image.mode in ("RGB", "RGBA", "P", "CMYK", "YCbCr"):
+                small = np.asarray(image.convert("RGB").resize((64, 64)), "float32")
+                if np.ptp(small, axis=-1).mean() > 12:
+                    warnings.append("colour picture, not a radiograph")
+    if not 0.6 <= pixels.shape[1] / pixels.shape[0] <= 1.8:
+        warnings.append("unusual shape: not a whole chest")
+    return hashlib.sha256(content).hexdigest(), pixels, warnings
+
+
+def _dicom_warnings(content):
+    import pydicom
+
+    dataset = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True)
+    part, view = str(dataset.get("BodyPartExamined") or "").upper(), str(dataset.get("ViewPosition") or "").upper()
+    return ([f"the file says {part}, not CHEST"] if part and "CHEST" not in part and "THORAX" not in part else []) + (
+        [f"the file says view {view}: not frontal"] if view and view not in ("AP", "PA") else [])
+
+
+def _picture_warnings(image, pixels, distance, about):
+    """Return what is odd about one image that was read."""
+    known, found = about["known"], []
+    small = decode.fit(image, deploy.SIDE).astype("float32")
+    turns = [deploy.likeness(np.rot90(small, k), known) for k in range(4)]
+    flat = small.std() < 4
+    if flat:
+        found.append("nearly constant image")
+    elif min(turns[0], 1) < known["smallest_likeness"]:
+        if turns[0] < -0.2 and -turns[0] >= max(turns):
+            found.append("inverted? dark and bright are exchanged")
+        elif max(turns[1:]) > max(known["smallest_likeness"], turns[0] + 0.15):
+            found.append(f"rotated by {90 * int(np.argmax(turns))} degrees?")
+        else:
+            found.append("not a frontal chest X-ray")
+    if min(pixels.shape) < about["image_size"]:
+        found.append(f"smaller than the {about['image_size']} px it was trained on")
+    if distance > known["largest_distance"] and not found:
+        found.append("unlike the images it was trained on")
+    return found
+
+
+def score_files(files, model, about, out):
+    """Score files in chunks; write `predictions.csv` after each, and a heatmap of each image; return the table.
+
+    What is already in `out` for the same file, content and model is kept, so a killed run goes on. A file that cannot
+    be used stays in the table with the reason.
+
+    Args:
+        files: list of paths.
+        model, about: of `deploy.load`.
+        out: folder, made where needed.
+
+    Returns:
+        DataFrame with `COLUMNS`, one row a file.
+    """
+    out = pathlib.Path(out)
+    done = _finished(out, about)
+    rows, features = [], deploy.features_of(model)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 2) as pool:
+        for start in tqdm.tqdm(range(0, len(files), CHUNK), "predict", unit=f" x {CHUNK} files", delay=3):
+            part = files[start:start + CHUNK]
+            rows += _score_chunk(part, list(pool.map(_attempt, part)), model, features, about, out, done)
+            later = [row for (file, _), row in done.items() if file in map(str, files[start + CHUNK:])]
+            _write_table(rows + later, about, out)
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _attempt(file):
+    try:
+        return _read(file)
+    except (ValueError, OSError, ImportError) as error:
+        return str(error)
+
+
+def _score_chunk(files, found, model, features, about, out, done):
+    rows = [dict.fromkeys(COLUMNS, "") | {"file": str(file)} for file in files]
+    fresh = []
+    for index, seen in enumerate(found):
+        if isinstance(seen, str):
+            rows[index]["error"] = seen
+        elif (str(files[index]), seen[0]) in done:
+            rows[index] = done[str(files[index]), seen[0]]
+        else:
+            fresh.append(index)
+    if not fresh:
+        return rows
+    images = np.stack([decode.fit(found[index][1], about["image_size"]) for index in fresh])
+    scores = evaluate.round_scores(predict(model, images))
+    calibrated = evaluate.apply_temperature(scores, about["temperature"])
+    distance = deploy.distance_to(np.asarray(features.predict_on_batch(images[..., None])), about["known"])
+    heat = explain.grad_cam(model, images)
+    for place, index in enumerate(fresh):
+        digest, pixels, warnings = found[index]
+        warnings = warnings + _picture_warnings(images[place], pixels, distance[place], about)
+        rows[index] |= {
+            "sha256": digest, "probability": float(scores[place]),
+            "calibrated_probability": round(float(calibrated[place]), 4),
+            "decision": "pneumonia" if scores[place] >= about["thresholds"][about["threshold"]] else "normal",
+            "out_of_distribution": bool(distance[place] > about["known"]["largest_distance"] or warnings),
+            "warnings": "; ".join(warnings)}
+        records.write_atomic(_heatmap_path(out, digest), _overlay(pixels, heat[place]))
+    return rows
+
+
+def _heatmap_path(out, digest):
+    return out / "heatmaps" / f"{digest[:24]}.jpg"  # named by content: no name from outside becomes a path
+
+
+def _overlay(pixels, heat, side=320):
+    """Return a JPEG: the X-ray, and beside it the same with its map."""
+    height = max(1, round(side * pixels.shape[0] / pixels.shape[1]))
+    grey = cv2.cvtColor(cv2.resize(pixels, (side, height), interpolation=cv2.INTER_AREA), cv2.COLOR_GRAY2BGR)
+    heat = cv2.resize(heat, (side, height))[..., None]
+    colour = cv2.applyColorMap(np.uint8(255 * heat), cv2.COLORMAP_INFERNO)
+    mixed = grey + 0.55 * heat * (colour.astype("float32") - grey)
+    return cv2.imencode(".jpg", np.hstack([grey, np.uint8(mixed)]), [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
+
+
+def _finished(out, about):
+    """Return `(file, sha256)` → row of an earlier run of the same model into the same folder."""
+    try:
+        if json.loads((out / "run.json").read_text()) != _identity(about):
+            return {}
+        with open(out / "predictions.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file)
+                    if row["sha256"] and _heatmap_path(out, row["sha256"]).is_file()]
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return {(row["file"], row["sha256"]): row | {"probability": float(row["probability"]),
+            "calibrated_probability": float(row["calibrated_probability"]),
+            "out_of_distribution": row["out_of_distribution"] == "True"} for row in rows}
+
+
+def _identity(about):
+    return {"run_id": about["run_id"], "model_sha256": records.canonical_sha256(about)}
+
+
+def _write_table(rows, about, out):
+    records.write_atomic(out / "run.json", json.dumps(_identity(about)))
+    records.write_atomic(out / "predictions.csv", pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False))
+
+
+def write_page(table, about, out):
+    """Write `index.html` in `out`: every file with its probability, decision, map and warnings; return its path."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True,
+                                     trim_blocks=True, lstrip_blocks=True)
+    rows = table.to_dict("records")
+    for row in rows:
+        row["name"] = pathlib.Path(row["file"]).name
+        path = _heatmap_path(pathlib.Path(out), row["sha256"])
+        row["picture"] = row["sha256"] and "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode()
+    rows.sort(key=lambda row: (bool(row["error"]), -float(row["probability"] or 0)))
+    page = environment.get_template("predict.html.j2").render(
+        rows=rows, about=about, failed=sum(bool(row["error"]) for row in rows),
+        flagged=sum(row["out_of_distribution"] is True for row in rows),
+        called=sum(row["decision"] == "pneumonia" for row in rows), cut=about["thresholds"][about["threshold"]])
+    path = pathlib.Path(out) / "index.html"
+    records.write_atomic(path, page)
+    return path
+
+
+def external(source, model, about, out, *, cache_dir=None):
+    """Score a labelled set with a model and its frozen thresholds, as a user with their own hospital's folder would.
+
+    Args:
+        source: as of `data.load_manifest`; all its splits are pooled, exact copies dropped.
+        model, about: of `deploy.load`.
+        out: folder of `<run_id>-on-<source>.json` and its predictions.
+
+    Returns:
+        The record: metrics with intervals over patients at the thresholds that came with the model.
+
+    Raises:
+        ValueError: one class only, or the set that the model was trained on.
+    """
+    manifest = data.load_manifest(source, cache_dir=cache_dir)
+    manifest = manifest[manifest["label"] != ""].drop_duplicates("pixel_sha256")
+    if manifest.attrs["source"] == about["source"]:
+        raise ValueError(f"{source} is the set that {about['run_id']} was trained on; its record holds its test. "
+                         "Give another set.")
+    images = data.load_images(manifest, about["image_size"], cache_dir=cache_dir)
+    table = manifest[["image_id", "patient_id"]].assign(split="test", y_true=train.labels_of(manifest),
+                                                        y_score=evaluate.round_scores(predict(model, images)))
+    found = evaluate.metrics_with_intervals(table["y_true"], table["y_score"], table["patient_id"], about["thresholds"])
+    calibrated = evaluate.apply_temperature(table["y_score"], about["temperature"])
+    name = f"{about['run_id']}-on-{manifest.attrs['source']}"
+    compressed = records.predictions_csv(table)
+    records.write_atomic(pathlib.Path(out) / f"{name}.csv.gz", compressed)
+    record = {"schema": 1, "run_id": name, "model": about["run_id"], "trained_on": about["source"],
+              "data": {"source": manifest.attrs["source"], "synthetic": bool(manifest.attrs["synthetic"]),
+                       "num_images": len(table), "num_patients": int(table["patient_id"].nunique()),
+                       "labels": manifest["label"].value_counts().to_dict()},
+              "thresholds": about["thresholds"], "environment": records.environment(),
+              "metrics": {key: {field: None if value != value else value for field, value in estimate._asdict().items()}
+                          for key, estimate in found.items()},
+              "calibration": {"temperature": about["temperature"],
+                              "ece": evaluate.expected_calibration_error(table["y_true"], calibrated)},
+              "predictions": {"path": f"{name}.csv.gz", "sha256": hashlib.sha256(compressed).hexdigest()}}
+    records.write_atomic(pathlib.Path(out) / f"{name}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+    return record

@@ -1,0 +1,142 @@
+"""A model handed on: every file accounted for, odd images flagged, nothing executed, nothing written elsewhere."""
+
+import json
+import pathlib
+import pickle
+import zipfile
+
+import cv2
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+
+from cxr import __main__ as cli
+from cxr import config, deploy, models, phantom, predict, train
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A small network trained on a small phantom, exported; and its run."""
+    root = tmp_path_factory.mktemp("lab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXR_ROOT", str(root))
+        phantom.write(root / "set", num_train=120, num_val=8, num_test=40, size=96, seed=3)
+        run = config.start("02_baseline_cnn", data=str(root / "set"), num_seeds=1)
+        recipe = train.Recipe(model="lab_cnn", image_size=64, epochs=3, monitor="shifted_auc", learning_rate=3e-3)
+        record = train.repeat(run, "small", recipe, models.lab_cnn)[0]
+        path = deploy.export(run, record, run.directory / "models")
+        yield run, record, path
+
+
+@pytest.fixture
+def films(lab, tmp_path):
+    """A folder with good, odd and broken files."""
+    run, *_ = lab
+    folder = tmp_path / "films"
+    (folder / "more").mkdir(parents=True)
+    good = run.manifest["path"].iloc[:6].tolist()
+    for number, path in enumerate(good):
+        (folder / f"good{number}{pathlib.Path(path).suffix}").write_bytes(pathlib.Path(path).read_bytes())
+    film = cv2.imread(good[0], cv2.IMREAD_GRAYSCALE)
+    rng = np.random.default_rng(0)
+    odd = {"inverted.png": 255 - film, "rotated.png": np.rot90(film).copy(),
+           "noise.png": rng.integers(0, 255, film.shape), "colour.png": rng.integers(0, 255, (*film.shape, 3)),
+           "small.png": cv2.resize(film, (40, 40)), "black.png": np.zeros_like(film)}
+    for name, image in odd.items():
+        cv2.imwrite(str(folder / "more" / name), np.asarray(image, "uint8"))
+    (folder / "empty.jpeg").write_bytes(b"")
+    (folder / "cut.jpeg").write_bytes(pathlib.Path(good[0]).read_bytes()[:200])
+    (folder / "notes.txt").write_text("not an image")
+    (folder / ".hidden").write_text("of the system")
+    with zipfile.ZipFile(folder / "evil.zip", "w") as archive:
+        archive.writestr("../outside.txt", "x")
+    return folder
+
+
+def test_every_file_is_accounted_for_and_odd_ones_are_flagged(lab, films, tmp_path, capsys):
+    _, _, path = lab
+    out = tmp_path / "out"
+    assert cli.main(["predict", str(films), "--model", str(path), "--out", str(out)]) == 0
+    table = pd.read_csv(out / "predictions.csv", keep_default_na=False).assign(
+        name=lambda t: t["file"].map(lambda f: pathlib.Path(f).name)).set_index("name")
+    assert list(table.columns) == predict.COLUMNS and len(table) == 6 + 6 + 4
+    assert (table["error"] != "").sum() == 4 and "unpack" in table.loc["evil.zip", "error"]
+    assert "16 files: 12 scored, 4 failed" in capsys.readouterr().out
+    warnings = table["warnings"]
+    assert "inverted" in warnings["inverted.png"] and "rotated" in warnings["rotated.png"]
+    assert "colour" in warnings["colour.png"] and "smaller" in warnings["small.png"]
+    assert "constant" in warnings["black.png"] and warnings["noise.png"] != ""
+    good = table[table.index.str.startswith("good")]
+    assert (good["warnings"] == "").sum() >= 5 and set(good["decision"]) <= {"normal", "pneumonia"}
+    page = (out / "index.html").read_text()
+    assert page.count("<article") == 16 and page.count("data:image/jpeg") == 12 and "not diagnosis" in page
+    assert not (tmp_path / "outside.txt").exists() and not (films.parent / "outside.txt").exists()
+
+
+def test_scores_are_those_of_the_model_and_decisions_those_of_its_frozen_threshold(lab, films, tmp_path):
+    run, record, path = lab
+    model, about = deploy.load(path)
+    files = predict.find_files([films / f"good{number}.jpeg" for number in range(6)])
+    table = predict.score_files(files, model, about, tmp_path / "out")
+    expected = train.predict(train.load_model(run, record), run.images(64)[:6])
+    np.testing.assert_allclose(table["probability"].astype(float), expected, atol=2e-3)  # decoded to the size directly
+    cut = record["thresholds"][deploy.THRESHOLD]
+    assert (table["decision"] == np.where(table["probability"].astype(float) >= cut, "pneumonia", "normal")).all()
+
+
+def test_a_killed_run_goes_on_without_scoring_again(lab, films, tmp_path, monkeypatch):
+    model, about = deploy.load(lab[2])
+    files, out = predict.find_files([films]), tmp_path / "out"
+    first = predict.score_files(files[:5], model, about, out)
+    scored = []
+    monkeypatch.setattr(predict, "predict", lambda m, images: scored.append(len(images)) or train.predict(m, images))
+    again = predict.score_files(files, model, about, out)
+    assert sum(scored) == 12 - (first["error"] == "").sum()
+    assert again["probability"].astype(str).tolist()[:5] == first["probability"].astype(str).tolist()
+
+
+def test_all_failed_is_exit_status_one_and_nothing_to_score_is_two(lab, tmp_path, capsys):
+    (tmp_path / "bad.png").write_bytes(b"x")
+    assert cli.main(["predict", str(tmp_path / "bad.png"), "--model", str(lab[2]), "--out", str(tmp_path / "o")]) == 1
+    (tmp_path / "none").mkdir()
+    assert cli.main(["predict", str(tmp_path / "none"), "--model", str(lab[2])]) == 2
+    assert "no files in there" in capsys.readouterr().err
+
+
+def test_a_model_is_found_by_its_run_id(lab, monkeypatch):
+    run, record, path = lab
+    monkeypatch.setenv("CXR_ROOT", str(run.directory.parents[1]))
+    assert deploy.load(record["run_id"])[1]["run_id"] == record["run_id"]
+    with pytest.raises(FileNotFoundError, match=record["run_id"]):
+        deploy.load("02_baseline_cnn-00000000-s0")
+
+
+def test_models_that_could_run_code_or_are_not_ours_are_refused(lab, tmp_path):
+    about = lab[2].with_suffix(".json").read_text()
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"weights": 1}))
+    (tmp_path / "b.keras").write_bytes(pickle.dumps({"weights": 1}))
+    for name in ("a.pkl", "b.keras"):
+        with pytest.raises(ValueError, match="not a .keras file"):
+            deploy.load(tmp_path / name)
+    inputs = keras.Input((8, 8, 1))
+    for name, layer in (("lambda", keras.layers.Lambda(lambda x: x * 2)), ("other", keras.layers.ReLU())):
+        keras.Model(inputs, layer(inputs)).save(tmp_path / f"{name}.keras")
+        with pytest.raises(FileNotFoundError, match="missing"):
+            deploy.load(tmp_path / f"{name}.keras")
+        (tmp_path / f"{name}.json").write_text(about)
+        with pytest.raises(ValueError, match="not a model of this lab"):
+            deploy.load(tmp_path / f"{name}.keras")
+
+
+def test_an_external_set_is_judged_by_the_frozen_thresholds(lab, tmp_path, capsys):
+    run, record, path = lab
+    phantom.write(tmp_path / "elsewhere", num_train=60, num_val=8, num_test=40, size=96, seed=9)
+    arguments = [str(tmp_path / "elsewhere"), "--model", str(path), "--out", str(tmp_path / "out")]
+    assert cli.main(["evaluate", *arguments]) == 0
+    assert "auc: 0." in capsys.readouterr().out
+    found = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
+    assert found["thresholds"] == record["thresholds"] and found["data"]["num_images"] > 50
+    assert (tmp_path / "out" / found["predictions"]["path"]).is_file()
+    with pytest.raises(ValueError, match="trained on"):
+        predict.external(run.manifest.attrs["root"], *deploy.load(path), tmp_path)
