@@ -26,7 +26,7 @@ empty :=
 space := $(empty) $(empty)
 SLUG := $(subst $(space),+,$(notdir $(patsubst %/,%,$(subst :,$(space),$(DATA)))))
 RUN := runs/$(PROFILE)-$(SLUG)
-PUBLISHED := results/$(patsubst kaggle,chest_xray,$(SLUG))
+PUBLISHED := results/$(patsubst kaggle,chest_xray,$(SLUG:.npz=))
 
 ALL := $(sort $(basename $(notdir $(wildcard notebooks/[0-9]*.ipynb))))
 CHOSEN := $(if $(NOTEBOOKS),$(foreach number,$(NOTEBOOKS),$(filter $(number)%,$(ALL))),$(ALL))
@@ -85,12 +85,14 @@ test: $(READY)  ## unit tests, smoke run of all notebooks, nbval, tests on the s
 lint: $(READY)  ## ruff over package, tests, benchmarks and notebooks
 	$(VENV)/bin/ruff check .
 
-publish: $(READY)  ## copy the records and figures of a full run into the repository: make publish PROFILE=full DATA=…
+publish: $(READY)  ## copy the records, figures and exported models of a full run into the repository: make publish PROFILE=full DATA=…
 	@test -d $(RUN)/results/records || { echo "$(RUN)/results/records is missing: make reproduce PROFILE=$(PROFILE) DATA=$(DATA) first" >&2; exit 2; }
 	@mkdir -p $(PUBLISHED)/records $(PUBLISHED)/predictions figures
 	cp -n $(RUN)/results/predictions/*.csv.gz $(PUBLISHED)/predictions/
 	cp -n $(RUN)/results/records/*.json $(PUBLISHED)/records/
-	cp $(RUN)/figures/*.png figures/
+	mkdir -p $(PUBLISHED)/models
+	for about in $(wildcard $(RUN)/models/*.json); do cp -n $$about $${about%.json}.keras $(PUBLISHED)/models/; done
+	$(if $(filter results/chest_xray,$(PUBLISHED)),cp $(RUN)/figures/*.png figures/)
 	$(MAKE) report
 
 report: $(READY)  ## check every published number against its predictions and rewrite the README's tables

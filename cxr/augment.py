@@ -101,7 +101,12 @@ def acquisition():
     The edge is repeated rather than black: black corners lower the mean of training images, no other image has them,
     and a network that standardises its input then meets a shift at test time that it was taught itself.
     """
-    return [*_geometry(fill_mode="nearest"), *_exposure(), *_sharpness()]
+    return [*_geometry(fill_mode="nearest"), *exposure_and_sharpness()]
+
+
+def exposure_and_sharpness():
+    """Return the part of `acquisition` that leaves every pixel in its place, as outlines need."""
+    return [*_exposure(), *_sharpness()]
 
 
 def stack(name):

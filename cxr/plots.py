@@ -9,7 +9,7 @@ import functools
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from scipy import special
+from scipy import special, stats
 from sklearn import metrics
 
 from cxr import evaluate
@@ -110,6 +110,18 @@ def grey_levels(variants, labels):
 
 
 @_styled
+def scatter(groups, *, xlabel, ylabel):
+    """Show points; `groups`: dict label -> `(x, y)`, each float `(n,)`, with the rank correlation over all of them."""
+    figure, axis = plt.subplots(figsize=(5.6, 4.2))
+    for label, (x, y) in groups.items():
+        axis.plot(x, y, "o", ms=3.5, alpha=0.55, label=label)
+    x, y = (np.concatenate(values) for values in zip(*groups.values(), strict=True))
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend(title=f"rank correlation {stats.spearmanr(x, y).statistic:+.2f}")
+    return figure
+
+
+@_styled
 def bars(table, *, ylabel="images"):
     """Show a DataFrame of counts as grouped bars: index along the axis, one colour a column, the number above."""
     figure, axis = plt.subplots(figsize=(max(5, 1 + 0.55 * table.size), 3.4))
@@ -121,7 +133,7 @@ def bars(table, *, ylabel="images"):
     axis.set_xticks(range(len(table)), table.index)
     axis.set_ylabel(ylabel)
     axis.grid(axis="x", visible=False)
-    axis.legend()
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=table.shape[1])  # above, where no bar is
     return figure
 
 

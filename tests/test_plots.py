@@ -27,6 +27,7 @@ FIGURES = {
     "training": lambda **note: plots.training_curves(
         {"": [{"loss": [2, 1], "val_loss": [3, 2], "auc": [0.6, 0.7], "val_auc": [0.5, 0.6]}, {"loss": [1]}]}, **note),
     "roc": lambda **note: plots.roc_and_precision_recall({"a": (Y, P)}, thresholds={"a": {"half": 0.5}}, **note),
+    "scatter": lambda **note: plots.scatter({"a": (P, P), "b": (Y, P)}, xlabel="x", ylabel="y", **note),
     "decision": lambda **note: plots.decision_curve(Y, {"a": P}, **note),
     "confusion": lambda **note: plots.confusion_matrix(Y, P >= 0.5, **note),
     "reliability": lambda **note: plots.reliability(Y, {"raw": P}, **note),

@@ -1,0 +1,114 @@
+"""Anomaly scores: networks that rebuild or outline, error maps, paint, thresholds that keep their promise."""
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cxr import anomaly, autoencoder
+
+
+@pytest.fixture(scope="module")
+def films():
+    rng = np.random.default_rng(0)
+    rough = rng.normal(size=(24, 8, 8)).cumsum(1).cumsum(2)
+    rough = (rough - rough.min((1, 2), keepdims=True)) / np.ptp(rough, axis=(1, 2))[:, None, None]
+    return np.uint8(np.kron(rough, np.ones((6, 6))) * 150 + rng.integers(0, 20, (24, 48, 48)))
+
+
+def test_the_published_network_holds_more_numbers_than_the_image():
+    model = autoencoder.seed_autoencoder(150)
+    code = min((layer.output.shape for layer in model.layers[3:-3]), key=lambda shape: np.prod(shape[1:]))
+    assert code[1:] == (38, 38, 32) and np.prod(code[1:]) > 150 * 150
+    assert model.output_shape == (None, 150, 150, 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"variational": True}, {"corruption": [keras.layers.GaussianNoise(0.1)]}])
+def test_autoencoders_learn_and_are_saved(films, options, tmp_path):
+    keras.utils.set_random_seed(0)
+    model = autoencoder.autoencoder(48, 8, **options)
+    history = autoencoder.fit(model, films, epochs=3, seed=0, batch_size=8, learning_rate=3e-3)
+    assert history["loss"][-1] < history["loss"][0]
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras", safe_mode=True, compile=False)
+    rebuilt = autoencoder.apply(again, films)
+    assert rebuilt.shape == films.shape and 0 <= rebuilt.min() <= rebuilt.max() <= 1
+    np.testing.assert_allclose(rebuilt, autoencoder.apply(model, films), atol=1e-5)  # no noise, no draws at test time
+
+
+def test_a_segmenter_learns_to_outline_what_stands_out(films):
+    keras.utils.set_random_seed(0)
+    images, masks = films // 2, np.zeros(films.shape, bool)
+    for index in range(len(images)):
+        row, column = np.random.default_rng(index).integers(4, 34, 2)
+        masks[index, row:row + 10, column:column + 10] = True
+    images[masks] += 120
+    model = autoencoder.segmenter(48)
+    autoencoder.fit(model, images, masks, epochs=12, seed=0, batch_size=8, learning_rate=3e-3)
+    found = anomaly.pixel_scores(autoencoder.apply(model, images), masks)
+    assert found["auroc"] > 0.9 and found["pointing"] > 0.7
+
+
+def test_paint_is_deterministic_soft_and_inside_the_lungs(films):
+    lungs = np.zeros(films.shape, bool)
+    lungs[:, 8:40, 6:20] = True
+    painted, masks = anomaly.opacities(films, seed=4, lungs=lungs)
+    np.testing.assert_array_equal(painted, anomaly.opacities(films, seed=4, lungs=lungs)[0])
+    assert (painted != anomaly.opacities(films, seed=5, lungs=lungs)[0]).any()
+    assert masks.any((1, 2)).mean() > 0.8 and masks[:, :, 30:].sum() == 0
+    changed = np.abs(painted.astype(int) - films)
+    assert changed[masks].mean() > 3 * changed[~masks].mean()
+
+
+@pytest.mark.parametrize("kind", ["absolute", "squared", "structure", "local"])
+def test_error_maps_are_zero_for_a_perfect_network_and_high_where_it_fails(films, kind):
+    perfect = films / np.float32(255)
+    assert np.abs(anomaly.error_map(films, perfect, kind)).max() < 1e-3
+    wrong = perfect.copy()
+    wrong[:, 20:28, 20:28] = 1 - wrong[:, 20:28, 20:28]
+    found = anomaly.error_map(films, wrong, kind)
+    assert found.shape == films.shape and found[:, 20:28, 20:28].mean() > 4 * found[:, :8].mean()
+
+
+@given(st.integers(0, 10**6), st.integers(100, 400))
+@settings(max_examples=20, deadline=None)
+def test_a_conformal_threshold_keeps_its_promise_on_average(seed, n):
+    rng = np.random.default_rng(seed)
+    rates = [np.mean(new >= anomaly.conformal_threshold(known, 0.1)) for known, new in rng.gamma(2, size=(60, 2, n))]
+    assert np.mean(rates) < 0.1 + 4 * np.sqrt(0.1 * 0.9 / n / 30)
+
+
+def test_thresholds_of_few_or_tailed_normals():
+    assert anomaly.conformal_threshold([1.0, 2, 3], 0.05) == np.inf  # three normals cannot promise five per cent
+    scores = np.random.default_rng(0).exponential(size=2000)
+    assert anomaly.extreme_value_threshold(scores, 0.01) == pytest.approx(-np.log(0.01), rel=0.15)
+
+
+def test_pixel_scores_of_a_perfect_a_blank_and_an_inverted_map():
+    masks = np.zeros((2, 32, 32), bool)
+    masks[0, 4:12, 4:12] = masks[1, 20:30, 2:8] = True
+    perfect, inverted = (anomaly.pixel_scores(heat.astype(float), masks) for heat in (masks, ~masks))
+    assert perfect["auroc"] == 1 and perfect["pointing"] == 1 and perfect["aupro"] > 0.95
+    assert inverted["auroc"] == 0 and inverted["pointing"] == 0 and inverted["aupro"] < 0.05
+
+
+def test_distances_grow_away_from_normals_and_blur_is_taken_away():
+    rng = np.random.default_rng(0)
+    normal, sick = rng.normal(size=(200, 5)), rng.normal(3, size=(20, 5))
+    for measure in (anomaly.mahalanobis, anomaly.nearest_normals):
+        assert measure(normal, sick).min() > np.median(measure(normal, rng.normal(size=(200, 5))))
+    blur = rng.normal(size=300)
+    rest = anomaly.without_blur(2 * blur + 0.1 * rng.normal(size=300), blur, np.arange(300) < 150)
+    assert abs(np.corrcoef(rest, blur)[0, 1]) < 0.2
+
+
+def test_bad_input_is_named(films):
+    with pytest.raises(ValueError, match="no normal images"):
+        autoencoder.fit(autoencoder.autoencoder(48, 4), films[:0], epochs=1, seed=0)
+    with pytest.raises(ValueError, match=r"\(48, 48\)"):
+        autoencoder.apply(autoencoder.autoencoder(32, 4), films)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        autoencoder.autoencoder(50, 4)
+    constant = np.full((2, 48, 48), 90, "uint8")
+    assert np.isfinite(anomaly.error_map(constant, constant / np.float32(255), "local")).all()
