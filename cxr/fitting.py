@@ -95,9 +95,10 @@ class Batches(keras.utils.PyDataset):
                              f"batch_size={batch_size}. Batch statistics and mixing are undefined for one.")
         self.images, self.labels = images, np.asarray(labels, "float32")
         self.batch_size, self.seed, self.mixing, self.epoch = batch_size, seed, mixing, epoch
-        self._shuffle()
+        self.shuffle()
 
-    def _shuffle(self):
+    def shuffle(self):
+        """Draw the order of `epoch`."""
         self.order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.images))
 
     def __len__(self):
@@ -113,7 +114,7 @@ class Batches(keras.utils.PyDataset):
     def on_epoch_end(self):
         """Draw the next epoch's order."""
         self.epoch += 1
-        self._shuffle()
+        self.shuffle()
 
 
 @keras.saving.register_keras_serializable("cxr")
@@ -149,7 +150,7 @@ class _HardAUC(keras.metrics.AUC):
         super().update_state(ops.cast(y_true > 0.5, "float32"), y_pred, sample_weight)
 
 
-def _random_states(model):
+def random_states(model):
     """Return the counters behind dropout and augmentation, which Keras's weight files leave out."""
     return [variable for variable in model.non_trainable_variables if "seed_generator" in variable.path]
 
@@ -177,7 +178,7 @@ class Watch(keras.callbacks.Callback):
         self.history, self.best_epoch = state["history"], state["best_epoch"]
         model.optimizer.build(model.trainable_variables)
         model.load_weights(self.folder / f"{state['epoch']}.weights.h5")
-        for variable, value in zip(_random_states(model), state["random"], strict=True):
+        for variable, value in zip(random_states(model), state["random"], strict=True):
             variable.assign(value)
         return state["epoch"]
 
@@ -208,7 +209,7 @@ class Watch(keras.callbacks.Callback):
     def _backup(self, epoch):
         self.folder.mkdir(parents=True, exist_ok=True)
         save_atomic(self.model.save_weights, self.folder / f"{epoch}.weights.h5")
-        random = [ops.convert_to_numpy(variable).tolist() for variable in _random_states(self.model)]
+        random = [ops.convert_to_numpy(variable).tolist() for variable in random_states(self.model)]
         state = {"history": self.history, "best_epoch": self.best_epoch, "epoch": epoch, "random": random}
         records.write_atomic(self.folder / "history.json", json.dumps(state))
         for path in self.folder.glob("*.weights.h5"):
@@ -256,6 +257,12 @@ class DiscriminativeAdamW(keras.optimizers.AdamW):
         super().update_step(gradient, variable, ops.cast(learning_rate, variable.dtype) * share)
 
 
+def jit_compile():
+    """Return Keras's option: XLA halves the speed of convolutions on a CPU under TensorFlow; elsewhere Keras knows."""
+    on_cpu = not [name for name in keras.distribution.list_devices() if not name.startswith("cpu")]
+    return False if keras.backend.backend() == "tensorflow" and on_cpu else "auto"
+
+
 def _compile(model, recipe, labels, steps):
     rate = recipe.learning_rate
     if recipe.schedule == "cosine":
@@ -264,13 +271,10 @@ def _compile(model, recipe, labels, steps):
     if recipe.schedule == "step":
         rate = keras.optimizers.schedules.ExponentialDecay(rate, 7 * steps, 0.1, staircase=True)
     negative, positive = class_weights(labels, recipe.balance)
-    # XLA halves the speed of convolutions on a CPU under TensorFlow; elsewhere Keras knows best.
-    on_cpu = not [name for name in keras.distribution.list_devices() if not name.startswith("cpu")]
-    jit = False if keras.backend.backend() == "tensorflow" and on_cpu else "auto"
     optimizer = DiscriminativeAdamW(rate, weight_decay=recipe.weight_decay, backbone_rate=recipe.backbone_rate)
     model.compile(optimizer,
                   WeightedBinaryCrossentropy(float(negative), float(positive), recipe.label_smoothing),
-                  metrics=[_HardAUC(name="auc")], jit_compile=jit)
+                  metrics=[_HardAUC(name="auc")], jit_compile=jit_compile())
 
 
 def fit(model, recipe, images, labels, watched, *, seed, folder):
@@ -304,7 +308,7 @@ def fit(model, recipe, images, labels, watched, *, seed, folder):
     batches = Batches(images, labels, recipe.batch_size, seed, recipe.mixing)
     _compile(model, recipe, labels, len(batches))
     batches.epoch = epoch = watch.restore(model)
-    batches._shuffle()
+    batches.shuffle()
     if not watch.finished(epoch):
         model.fit(batches, epochs=recipe.epochs, initial_epoch=epoch, callbacks=[watch], verbose=2,
                   shuffle=False)  # Batches has drawn the order; Keras would draw another one that a resumed run lacks

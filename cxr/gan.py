@@ -1,0 +1,250 @@
+"""DCGAN: study S4's as published and the lab's, and how good the fakes are.
+
+Both networks are trained in one ordinary Keras step on any backend: the generator's loss runs through the discriminator
+with its weights held fixed, so that one optimizer serves both. Images are uint8 `(n, size, size)`.
+"""
+
+import json
+import pathlib
+
+import keras
+import numpy as np
+from keras import layers, ops
+from sklearn import neighbors
+
+from cxr import records
+from cxr.fitting import Batches, jit_compile, random_states, save_atomic
+
+LATENT = 100
+
+
+def seed_generator(image_size=128):
+    """Return study S4's generator: Dense 8·8·128, four transposed convolutions of 128, a 5×5 convolution, tanh."""
+    return _generator(image_size, (128,) * _doublings(image_size), normalise=False)
+
+
+def seed_discriminator(image_size=128):
+    """Return study S4's discriminator: five 5×5 convolutions of 128, LeakyReLU 0.2, dropout 0.4; ends in a logit."""
+    inputs = x = keras.Input((image_size, image_size, 1))
+    for index in range(_doublings(image_size) + 1):
+        x = layers.Conv2D(128, 5, strides=2 if index else 1, padding="same")(x)
+        x = layers.LeakyReLU(0.2)(x)
+    x = layers.Dropout(0.4)(layers.Flatten()(x))
+    return keras.Model(inputs, layers.Dense(1, dtype="float32")(x), name="discriminator")
+
+
+def lab_generator(image_size=128):
+    """Return the lab's generator: as the published one, narrower towards the image, with batch normalisation."""
+    widths = [256 >> index for index in range(_doublings(image_size))]
+    return _generator(image_size, [max(32, width) for width in widths], normalise=True)
+
+
+def lab_discriminator(image_size=128):
+    """Return the lab's discriminator: strided convolutions under spectral normalisation (Miyato et al. 2018)."""
+    inputs = x = keras.Input((image_size, image_size, 1))
+    for index in range(_doublings(image_size)):
+        x = layers.SpectralNormalization(layers.Conv2D(min(256, 32 << index), 4, strides=2, padding="same"))(x)
+        x = layers.LeakyReLU(0.2)(x)
+    x = layers.SpectralNormalization(layers.Dense(1))(layers.Flatten()(x))
+    return keras.Model(inputs, layers.Activation("linear", dtype="float32")(x), name="discriminator")
+
+
+def _doublings(image_size):
+    doublings = int(np.log2(image_size // 8))
+    if image_size != 8 << doublings or doublings < 1:
+        raise ValueError(f"image_size is {image_size}; a DCGAN doubles 8 px, so take 16, 32, 64 or 128.")
+    return doublings
+
+
+def _generator(image_size, widths, normalise):
+    inputs = keras.Input((LATENT,))
+    x = layers.Reshape((8, 8, 128))(layers.Dense(8 * 8 * 128)(inputs))
+    for filters in widths:
+        x = layers.Conv2DTranspose(filters, 4, strides=2, padding="same", use_bias=not normalise)(x)
+        x = layers.BatchNormalization(momentum=0.9)(x) if normalise else x
+        x = layers.LeakyReLU(0.2)(x)
+    return keras.Model(inputs, layers.Conv2D(1, 5, padding="same", activation="tanh", dtype="float32")(x),
+                       name="generator")
+
+
+@keras.saving.register_keras_serializable("cxr")
+class GAN(keras.Model):
+    """A generator and a discriminator that learn from each other in one step.
+
+    Args:
+        generator, discriminator: of this module.
+        augmentation: Keras layers applied to what the discriminator sees, real and fake alike, so that a few hundred
+            images are not learnt by heart (Zhao et al. 2020).
+        low: what black is for the discriminator: -1 agrees with the generator's tanh; 0 is study S4's fault.
+        noise_seed: of the codes drawn in training.
+    """
+
+    def __init__(self, generator, discriminator, augmentation=(), low=-1.0, noise_seed=None, **kwargs):
+        super().__init__(**kwargs)
+        self.generator, self.discriminator = generator, discriminator
+        self.stack, self.low = list(augmentation), low
+        self.noise = keras.random.SeedGenerator(noise_seed)
+        self.generator_loss, self.discriminator_loss = (keras.metrics.Mean(name=name) for name in
+                                                        ("generator_loss", "discriminator_loss"))
+
+    def call(self, images, training=False):
+        """Add both losses for a batch of uint8 images; returns the fakes in [-1, 1]."""
+        real = self.low + (1 - self.low) * ops.cast(images, "float32") / 255
+        codes = keras.random.normal((ops.shape(images)[0], LATENT), seed=self.noise)
+        fake = self.generator(codes, training=training)
+        seen = self._augmented(ops.concatenate([real, ops.stop_gradient(fake)]), training)
+        logits = self.discriminator(seen, training=training)
+        on_real, on_fake = ops.split(logits, 2)
+        critic = ops.mean(ops.softplus(-on_real)) + ops.mean(ops.softplus(on_fake))
+        held = [ops.stop_gradient(variable.value) for variable in self.discriminator.trainable_variables]
+        judged, _ = self.discriminator.stateless_call(
+            held, [variable.value for variable in self.discriminator.non_trainable_variables],
+            self._augmented(fake, training), training=False)
+        artist = ops.mean(ops.softplus(-judged))
+        self.add_loss(critic + artist)
+        self.generator_loss.update_state(artist)
+        self.discriminator_loss.update_state(critic)
+        return fake
+
+    def _augmented(self, images, training):
+        for layer in self.stack if training else ():
+            images = layer(images, training=True)
+        return images
+
+
+class GANError(RuntimeError):
+    """Training that cannot go on: a loss is not a number, or every fake is the same."""
+
+
+class _Progress(keras.callbacks.Callback):
+    """After each epoch: losses, fakes of fixed codes now and then, a backup; and a stop where it makes no sense."""
+
+    def __init__(self, folder, every, codes):
+        super().__init__()
+        self.folder, self.every, self.codes = pathlib.Path(folder), every, codes
+        self.history, self.film = {"generator_loss": [], "discriminator_loss": []}, []
+
+    def on_epoch_end(self, epoch, logs=None):
+        for name, values in self.history.items():
+            values.append(round(float(logs[name]), 5))
+        if not np.isfinite([values[-1] for values in self.history.values()]).all():
+            raise GANError(f"Epoch {epoch + 1}: a loss is not a number. Lower the learning rate; the last backup is in "
+                           f"{self.folder}.")
+        if (epoch + 1) % self.every == 0 or epoch + 1 == self.params["epochs"]:
+            fakes = sample(self.model.generator, codes=self.codes)
+            if fakes.astype("float32").std(0).mean() < 0.5:
+                raise GANError(f"Epoch {epoch + 1}: all fakes are alike (mode collapse). Try another seed, or augment.")
+            self.film.append(fakes)
+        _back_up(self, epoch + 1)
+
+
+def _back_up(progress, epoch):
+    folder = progress.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    save_atomic(progress.model.save_weights, folder / f"{epoch}.weights.h5")
+    random = [ops.convert_to_numpy(variable).tolist() for variable in random_states(progress.model)]
+    film = np.stack(progress.film) if progress.film else np.empty((0,), "uint8")
+    save_atomic(lambda path: np.save(path, film), folder / "film.npy")
+    state = {"epoch": epoch, "history": progress.history, "random": random}
+    records.write_atomic(folder / "state.json", json.dumps(state))
+    for path in folder.glob("*.weights.h5"):
+        if path.name != f"{epoch}.weights.h5":
+            path.unlink()
+
+
+def _restore(progress, model):
+    index = progress.folder / "state.json"
+    if not index.exists():
+        return 0
+    state = json.loads(index.read_text())
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(progress.folder / f"{state['epoch']}.weights.h5")
+    for variable, value in zip(random_states(model), state["random"], strict=True):
+        variable.assign(value)
+    film = np.load(progress.folder / "film.npy")
+    progress.history, progress.film = state["history"], list(film) if film.ndim > 1 else []
+    return state["epoch"]
+
+
+def fit(model, images, *, epochs, seed, folder, batch_size=64, learning_rate=2e-4, average=None, every=10):
+    """Train a `GAN` on uint8 images, going on from the backup in `folder`; return `(history, film)`.
+
+    Args:
+        model: uncompiled `GAN`.
+        images: uint8 `(n, size, size)`.
+        epochs, batch_size, learning_rate: as in Keras; Adam with beta_1 0.5.
+        seed: of the order of batches and of the fixed codes.
+        folder: of the backup; left for the caller to remove.
+        average: momentum of a moving average of the weights, which the model holds in the end, or `None`.
+        every: epochs from one picture of the film to the next.
+
+    Returns:
+        Per-epoch losses, and the film: uint8 `(pictures, 16, size, size)` of the same sixteen codes.
+
+    Raises:
+        ValueError: fewer images than a batch, or constant ones.
+        GANError: a loss that is not a number, or all fakes alike.
+    """
+    if len(images) < batch_size:
+        raise ValueError(f"{len(images)} real images are fewer than a batch of {batch_size}: take a smaller batch.")
+    if images.std((1, 2)).max() < 1:
+        raise ValueError("All images are constant: there is nothing to draw. Check how they were decoded.")
+    codes = np.random.default_rng(seed).normal(size=(16, LATENT)).astype("float32")
+    progress = _Progress(folder, every, codes)
+    batches = Batches(images, np.zeros(len(images)), batch_size, seed)
+    optimizer = keras.optimizers.Adam(learning_rate, beta_1=0.5, use_ema=average is not None,
+                                      ema_momentum=average or 0.99)
+    model.compile(optimizer, jit_compile=jit_compile())
+    model(images[:2][..., None])
+    batches.epoch = epoch = _restore(progress, model)
+    batches.shuffle()
+    if epoch < epochs:
+        model.fit(batches, epochs=epochs, initial_epoch=epoch, callbacks=[progress], verbose=2, shuffle=False)
+    if average is not None:
+        model.optimizer.finalize_variable_values(model.trainable_variables)
+    return progress.history, np.stack(progress.film)
+
+
+def sample(generator, count=None, *, seed=0, codes=None):
+    """Return fakes, uint8 `(count, size, size)`, of drawn or given codes."""
+    codes = np.random.default_rng(seed).normal(size=(count, LATENT)).astype("float32") if codes is None else codes
+    fakes = np.concatenate([np.asarray(generator.predict_on_batch(codes[start:start + 128]))[..., 0]
+                            for start in range(0, len(codes), 128)])
+    return np.uint8(np.round(127.5 * (np.clip(fakes, -1, 1) + 1)))
+
+
+def kid(real, fake, *, num_subsets=100, size=100, seed=0):
+    """Return the kernel inception distance of two sets of features and its standard error over subsets.
+
+    Args:
+        real, fake: float `(n, d)`, `(m, d)`.
+        num_subsets, size: subsets drawn, and rows in each.
+
+    Source: Bińkowski et al. 2018: unbiased squared MMD, kernel (x·y / d + 1)³.
+    """
+    rng, size = np.random.default_rng(seed), min(size, len(real), len(fake))
+    draws = []
+    for _ in range(num_subsets):
+        x, y = (rows[rng.choice(len(rows), size, replace=False)] for rows in (real, fake))
+        xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        draws.append((xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1)) - 2 * xy.mean())
+    return float(np.mean(draws)), float(np.std(draws, ddof=1) / np.sqrt(num_subsets))
+
+
+def density_and_coverage(real, fake, k=5):
+    """Return how often fakes lie near reals, and which share of reals has a fake near it (Naeem et al. 2020)."""
+    reals = neighbors.NearestNeighbors(n_neighbors=k + 1).fit(real)
+    radius = reals.kneighbors(real)[0][:, -1]
+    distance = np.linalg.norm(real[:, None] - fake[None], axis=-1)
+    inside = distance < radius[:, None]
+    return float(inside.sum() / (k * len(fake))), float(inside.any(1).mean())
+
+
+def memorisation(train, held_out, fake):
+    """Return the median distance of fakes to their nearest training image, over that of held-out real images.
+
+    Well below 1: fakes are copies. Features or pixels, float `(n, d)`.
+    """
+    nearest = neighbors.NearestNeighbors(n_neighbors=1).fit(train)
+    near = [np.median(nearest.kneighbors(rows)[0]) for rows in (fake, held_out)]
+    return float(near[0] / near[1])
