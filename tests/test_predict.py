@@ -140,3 +140,14 @@ def test_an_external_set_is_judged_by_the_frozen_thresholds(lab, tmp_path, capsy
     assert (tmp_path / "out" / found["predictions"]["path"]).is_file()
     with pytest.raises(ValueError, match="trained on"):
         predict.external(run.manifest.attrs["root"], *deploy.load(path), tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted((pathlib.Path(__file__).parents[1] / "results").glob("*/models/*.keras")),
+                         ids=lambda path: path.stem)
+def test_a_published_model_works_right_after_cloning(path, films, tmp_path):
+    assert path.stat().st_size < 5e6
+    model, about = deploy.load(path)
+    record = json.loads((path.parents[1] / "records" / f"{path.stem}.json").read_text())
+    assert about["thresholds"] == record["thresholds"] and about["run_id"] == record["run_id"]
+    table = predict.score_files(predict.find_files([films / "good0.jpeg"]), model, about, tmp_path)
+    assert table["error"].eq("").all() and 0 <= float(table["probability"][0]) <= 1
