@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import stats
 from sklearn import covariance, metrics, neighbors
 
-from cxr import evaluate, records
+from cxr import evaluate, explain, records
 from cxr.fitting import save_atomic
 from cxr.train import labels_of
 
@@ -227,5 +227,5 @@ def pixel_scores(maps, masks):
                for count, labelled in [cv2.connectedComponents(mask.astype("uint8"))] for number in range(1, count)]
     overlap = np.array([np.mean([(one[region] >= cut).mean() for one, region in regions]) for cut in cuts])
     aupro = np.trapezoid(overlap[::-1], np.linspace(0, 0.3, 61)) / 0.3
-    pointing = np.mean([mask[one == one.max()].mean() for one, mask in zip(maps, masks, strict=True) if mask.any()])
+    pointing = np.mean([explain.pointing(*pair) for pair in zip(maps, masks, strict=True) if pair[1].any()])
     return {"auroc": float(auroc), "aupro": float(aupro), "pointing": float(pointing)}

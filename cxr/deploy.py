@@ -27,10 +27,11 @@ def export(run, record, folder):
     rows = np.flatnonzero(run.manifest["split"].isin(["train", "val"]))
     images = run.images(size)[rows[::-(-len(rows) // 1000)]]
     features = features_of(model).predict(images[..., None], verbose=0, batch_size=BATCH)
+    small_images = np.stack([decode.fit(image, SIDE) for image in images]).astype("float32")
     known = {"mean": features.mean(0).round(5).tolist(), "std": features.std(0).round(5).tolist(),
-             "image": _small(images).mean(0).round(1).tolist()}
+             "image": small_images.mean(0).round(1).tolist()}
     distance = distance_to(features, known)
-    alike = [likeness(small, known) for small in _small(images)]
+    alike = [likeness(small, known) for small in small_images]
     known |= {"largest_distance": round(float(np.quantile(distance, 0.995)), 4),
               "smallest_likeness": round(float(min(0.5, np.quantile(alike, 0.005))), 4)}
     about = {"schema": 1, "run_id": record["run_id"], "variant": record["variant"], "source": record["data"]["source"],
@@ -80,11 +81,6 @@ def load(name):
 def features_of(model):
     """Return the network up to what its classifier reads."""
     return keras.Model(model.input, model.get_layer("logit").input)
-
-
-def _small(images):
-    """Return images as float `(n, SIDE, SIDE)`."""
-    return np.stack([decode.fit(image, SIDE) for image in images]).astype("float32")
 
 
 def distance_to(features, known):

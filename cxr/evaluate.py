@@ -57,13 +57,17 @@ def choose_thresholds(y_true, y_score):
     tp, fp = (part.sum() - np.searchsorted(np.sort(score[part]), candidates) for part in (truth, ~truth))
     best = np.argmax(tp * (~truth).sum() - fp * truth.sum())
     return {"half": 0.5, "youden": float(candidates[best]),
-            "sensitivity_95": threshold_for_sensitivity(y_true, y_score, 0.95)}
+            "sensitivity_95": _highest_reaching(score[truth], 0.95)}
 
 
 def threshold_for_sensitivity(y_true, y_score, sensitivity):
     """Return the highest observed score that calls at least this share of the abnormal images abnormal."""
     truth, score = check(y_true, round_scores(y_score))
-    ordered = np.sort(score[truth])
+    return _highest_reaching(score[truth], sensitivity)
+
+
+def _highest_reaching(abnormal_scores, sensitivity):
+    ordered = np.sort(abnormal_scores)
     return float(ordered[int(np.floor((1 - sensitivity) * ordered.size + 1e-9))])
 
 
@@ -287,10 +291,16 @@ def record_metrics(frame, *, purpose="classify", num_resamples=1000, seed=0):
             continue
         found = metrics_with_intervals(rows["y_true"], rows["y_score"], rows["patient_id"], thresholds,
                                        num_resamples=num_resamples, seed=seed, probability=probability)
-        blocks[name] = {key: {field: None if value != value else value for field, value in estimate._asdict().items()}
-                        for key, estimate in found.items() if not more or key.startswith(("auc", "accuracy@"))}
+        blocks[name] = as_json({key: estimate for key, estimate in found.items()
+                                if not more or key.startswith(("auc", "accuracy@"))})
     return {"metrics": blocks, "thresholds": thresholds,
             "calibration": _calibration(frame) if purpose == "classify" else {}}
+
+
+def as_json(estimates):
+    """Return a dict of `Estimate` as a record holds it: `{"value", "low", "high", "n"}` each, None where undefined."""
+    return {key: {field: None if value != value else value for field, value in estimate._asdict().items()}
+            for key, estimate in estimates.items()}
 
 
 def _calibration(frame):

@@ -142,6 +142,11 @@ def centre_blob(images):
     return np.repeat(blob[None], len(images), axis=0)
 
 
+def pointing(heat, mask):
+    """Return the share of one map's maxima that lie inside its mask; a blank map points anywhere."""
+    return mask[heat >= heat.max()].mean()
+
+
 def localisation(heat, masks):
     """Return how well each map falls on its mask, as a DataFrame with one row a map whose mask is not empty.
 
@@ -160,7 +165,7 @@ def localisation(heat, masks):
     for index in np.flatnonzero(masks.any((1, 2))):
         one, mask = heat[index].astype("float64"), masks[index].astype(bool)
         one = one if one.max() > 0 else np.ones_like(one)
-        rows.append({"image": index, "pointing": mask[one >= one.max()].mean(), "energy": one[mask].sum() / one.sum(),
+        rows.append({"image": index, "pointing": pointing(one, mask), "energy": one[mask].sum() / one.sum(),
                      "average_precision": metrics.average_precision_score(mask.ravel(), one.ravel()),
                      "chance": mask.mean()})
     return pd.DataFrame(rows, columns=["image", "pointing", "energy", "average_precision", "chance"]).set_index("image")

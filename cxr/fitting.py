@@ -150,9 +150,35 @@ class _HardAUC(keras.metrics.AUC):
         super().update_state(ops.cast(y_true > 0.5, "float32"), y_pred, sample_weight)
 
 
-def random_states(model):
+def _random_states(model):
     """Return the counters behind dropout and augmentation, which Keras's weight files leave out."""
     return [variable for variable in model.non_trainable_variables if "seed_generator" in variable.path]
+
+
+def back_up(model, folder, epoch, *, keep, **state):
+    """Write weights, optimizer, random states and `state` (what JSON can hold) after `epoch` epochs into `folder`.
+
+    The weights of the epochs in `keep` stay, those of others go.
+    """
+    save_atomic(model.save_weights, folder / f"{epoch}.weights.h5")
+    random = [ops.convert_to_numpy(variable).tolist() for variable in _random_states(model)]
+    records.write_atomic(folder / "history.json", json.dumps(state | {"epoch": epoch, "random": random}))
+    for path in folder.glob("*.weights.h5"):
+        if path.name not in {f"{kept}.weights.h5" for kept in keep}:
+            path.unlink()
+
+
+def restore(model, folder):
+    """Load the backup in `folder` into a compiled model and return its `state` with `epoch`; `None` without one."""
+    index = folder / "history.json"
+    if not index.exists():
+        return None
+    state = json.loads(index.read_text())
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(folder / f"{state['epoch']}.weights.h5")
+    for variable, value in zip(_random_states(model), state["random"], strict=True):
+        variable.assign(value)
+    return state
 
 
 class Watch(keras.callbacks.Callback):
@@ -171,15 +197,10 @@ class Watch(keras.callbacks.Callback):
 
     def restore(self, model):
         """Load the backup into `model`, if there is one, and return the epoch to go on with."""
-        index = self.folder / "history.json"
-        if not index.exists():
+        state = restore(model, self.folder)
+        if state is None:
             return 0
-        state = json.loads(index.read_text())
         self.history, self.best_epoch = state["history"], state["best_epoch"]
-        model.optimizer.build(model.trainable_variables)
-        model.load_weights(self.folder / f"{state['epoch']}.weights.h5")
-        for variable, value in zip(random_states(model), state["random"], strict=True):
-            variable.assign(value)
         return state["epoch"]
 
     def finished(self, epoch):
@@ -194,7 +215,8 @@ class Watch(keras.callbacks.Callback):
         monitored = self.history[self.recipe.monitor]
         self.best_epoch = int(np.argmax(monitored)) + 1
         logs.update({name: values[-1] for name, values in self.history.items()})
-        self._backup(epoch + 1)
+        back_up(self.model, self.folder, epoch + 1, keep=(epoch + 1, self.best_epoch), history=self.history,
+                best_epoch=self.best_epoch)
         self.model.stop_training = self.finished(epoch + 1)
 
     def _scores(self):
@@ -205,16 +227,6 @@ class Watch(keras.callbacks.Callback):
             scores[f"{name}_auc"] = metrics.roc_auc_score(labels, y_score)
             scores[f"{name}_accuracy"] = np.mean((y_score >= 0.5) == labels)
         return scores
-
-    def _backup(self, epoch):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_atomic(self.model.save_weights, self.folder / f"{epoch}.weights.h5")
-        random = [ops.convert_to_numpy(variable).tolist() for variable in random_states(self.model)]
-        state = {"history": self.history, "best_epoch": self.best_epoch, "epoch": epoch, "random": random}
-        records.write_atomic(self.folder / "history.json", json.dumps(state))
-        for path in self.folder.glob("*.weights.h5"):
-            if path.name not in (f"{epoch}.weights.h5", f"{self.best_epoch}.weights.h5"):
-                path.unlink()
 
 
 def save_atomic(save, path):

@@ -4,7 +4,6 @@ Both networks are trained in one ordinary Keras step on any backend: the generat
 with its weights held fixed, so that one optimizer serves both. Images are uint8 `(n, size, size)`.
 """
 
-import json
 import pathlib
 
 import keras
@@ -12,8 +11,7 @@ import numpy as np
 from keras import layers, ops
 from sklearn import neighbors
 
-from cxr import records
-from cxr.fitting import Batches, jit_compile, random_states, save_atomic
+from cxr.fitting import Batches, back_up, jit_compile, restore, save_atomic
 
 LATENT = 100
 
@@ -135,34 +133,16 @@ class _Progress(keras.callbacks.Callback):
             if fakes.astype("float32").std(0).mean() < 0.5:
                 raise GANError(f"Epoch {epoch + 1}: all fakes are alike (mode collapse). Try another seed, or augment.")
             self.film.append(fakes)
-        _back_up(self, epoch + 1)
-
-
-def _back_up(progress, epoch):
-    folder = progress.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    save_atomic(progress.model.save_weights, folder / f"{epoch}.weights.h5")
-    random = [ops.convert_to_numpy(variable).tolist() for variable in random_states(progress.model)]
-    film = np.stack(progress.film) if progress.film else np.empty((0,), "uint8")
-    save_atomic(lambda path: np.save(path, film), folder / "film.npy")
-    state = {"epoch": epoch, "history": progress.history, "random": random}
-    records.write_atomic(folder / "state.json", json.dumps(state))
-    for path in folder.glob("*.weights.h5"):
-        if path.name != f"{epoch}.weights.h5":
-            path.unlink()
+        film = np.stack(self.film) if self.film else np.empty(0, "uint8")
+        save_atomic(lambda path: np.save(path, film), self.folder / "film.npy")
+        back_up(self.model, self.folder, epoch + 1, keep=(epoch + 1,), history=self.history, pictures=len(self.film))
 
 
 def _restore(progress, model):
-    index = progress.folder / "state.json"
-    if not index.exists():
+    state = restore(model, progress.folder)
+    if state is None:
         return 0
-    state = json.loads(index.read_text())
-    model.optimizer.build(model.trainable_variables)
-    model.load_weights(progress.folder / f"{state['epoch']}.weights.h5")
-    for variable, value in zip(random_states(model), state["random"], strict=True):
-        variable.assign(value)
-    film = np.load(progress.folder / "film.npy")
-    progress.history, progress.film = state["history"], list(film) if film.ndim > 1 else []
+    progress.history, progress.film = state["history"], list(np.load(progress.folder / "film.npy"))[:state["pictures"]]
     return state["epoch"]
 
 

@@ -80,10 +80,9 @@ def _picture_warnings(image, pixels, distance, about):
     known, found = about["known"], []
     small = decode.fit(image, deploy.SIDE).astype("float32")
     turns = [deploy.likeness(np.rot90(small, k), known) for k in range(4)]
-    flat = small.std() < 4
-    if flat:
+    if small.std() < 4:
         found.append("nearly constant image")
-    elif min(turns[0], 1) < known["smallest_likeness"]:
+    elif turns[0] < known["smallest_likeness"]:
         if turns[0] < -0.2 and -turns[0] >= max(turns):
             found.append("inverted? dark and bright are exchanged")
         elif max(turns[1:]) > max(known["smallest_likeness"], turns[0] + 0.15):
@@ -118,7 +117,8 @@ def score_files(files, model, about, out):
         for start in tqdm.tqdm(range(0, len(files), CHUNK), "predict", unit=f" x {CHUNK} files", delay=3):
             part = files[start:start + CHUNK]
             rows += _score_chunk(part, list(pool.map(_attempt, part)), model, features, about, out, done)
-            later = [row for (file, _), row in done.items() if file in map(str, files[start + CHUNK:])]
+            ahead = set(map(str, files[start + CHUNK:])) if done else ()
+            later = [row for (file, _), row in done.items() if file in ahead]
             _write_table(rows + later, about, out)
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -249,8 +249,7 @@ def external(source, model, about, out, *, cache_dir=None):
                        "num_images": len(table), "num_patients": int(table["patient_id"].nunique()),
                        "labels": manifest["label"].value_counts().to_dict()},
               "thresholds": about["thresholds"], "environment": records.environment(),
-              "metrics": {key: {field: None if value != value else value for field, value in estimate._asdict().items()}
-                          for key, estimate in found.items()},
+              "metrics": evaluate.as_json(found),
               "calibration": {"temperature": about["temperature"],
                               "ece": evaluate.expected_calibration_error(table["y_true"], calibrated)},
               "predictions": {"path": f"{name}.csv.gz", "sha256": hashlib.sha256(compressed).hexdigest()}}

@@ -134,17 +134,17 @@ def test_resumed_training_gives_the_same_weights(tmp_path, monkeypatch):
         return weights(model), history
 
     whole, history = run(tmp_path / "whole")
-    backup = fitting.Watch._backup
+    backup = fitting.back_up
 
-    def die_after_first(self, epoch):
-        backup(self, epoch)
+    def die_after_first(model, folder, epoch, **state):
+        backup(model, folder, epoch, **state)
         if epoch == 1:
             raise KilledError
 
-    monkeypatch.setattr(fitting.Watch, "_backup", die_after_first)
+    monkeypatch.setattr(fitting, "back_up", die_after_first)
     with pytest.raises(KilledError):
         run(tmp_path / "killed")
-    monkeypatch.setattr(fitting.Watch, "_backup", backup)
+    monkeypatch.setattr(fitting, "back_up", backup)
     resumed, again = run(tmp_path / "killed")
     np.testing.assert_allclose(resumed, whole, atol=1e-6)
     assert again == history
