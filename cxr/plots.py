@@ -5,6 +5,7 @@ Notebooks end a figure cell with `plt.show()`. Colours: Okabe & Ito 2008, told a
 """
 
 import functools
+import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -130,7 +131,7 @@ def bars(table, *, ylabel="images"):
         drawn = axis.bar(np.arange(len(table)) + (k - (table.shape[1] - 1) / 2) * width, table[column], width * 0.94,
                          label=str(column))
         axis.bar_label(drawn, fmt="{:,.4g}", fontsize=9, padding=2)
-    axis.set_xticks(range(len(table)), table.index)
+    axis.set_xticks(range(len(table)), [textwrap.fill(str(name).replace("_", " "), 14) for name in table.index])
     axis.set_ylabel(ylabel)
     axis.grid(axis="x", visible=False)
     axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=table.shape[1])  # above, where no bar is
