@@ -64,23 +64,27 @@ def highest(maps, share=0.05):
     return flat[:, -max(1, round(share * flat.shape[1])):].mean(1)
 
 
-def opacities(images, *, seed, lungs=None):
-    """Paint soft opacities on normal images, as pneumonia might look: focal, patchy or diffuse, dulling what they hide.
+def opacities(images, *, seed, lungs=None, haze=1 / 3):
+    """Paint soft opacities on normal images, as pneumonia might look: focal, patchy, or a haze over all of the lungs.
+
+    They dull what they hide and reach over the lungs' border, which is then lost (the silhouette sign).
 
     Args:
         images: uint8 `(n, size, size)`.
         seed: int; the same seed paints the same.
         lungs: bool masks `(n, size, size)` to paint in; without them two ellipses where lungs usually lie.
+        haze: share of images with a haze; a network that is to outline places is better off without.
 
     Returns:
         `(painted, masks)`: uint8 images, and bool masks of where more than a trace was painted.
     """
     rng, size = np.random.default_rng(seed), images.shape[1]
     painted, masks = np.empty_like(images), np.zeros(images.shape, bool)
-    usual = _usual_lungs(size)
+    usual = usual_lungs(size)
     for index, image in enumerate(images):
-        field = usual if lungs is None or not lungs[index].any() else _blur(lungs[index].astype("float32"), 1 / 64)
-        weight = _opacity(rng, field, size)
+        known = lungs is not None and lungs[index].any()
+        field = np.minimum(2 * _blur(lungs[index].astype("float32"), 1 / 32), 1) if known else usual
+        weight = _haze(rng, field, size) if rng.random() < haze else _opacity(rng, field, size)
         x = image.astype("float32")
         bright = np.percentile(x, 90) * rng.uniform(0.75, 1.0)
         dull = _blur(x, rng.uniform(0.015, 0.05))  # behind consolidation vessels and edges are lost
@@ -90,10 +94,17 @@ def opacities(images, *, seed, lungs=None):
     return painted, masks
 
 
-def _usual_lungs(size):
+def usual_lungs(size):
+    """Return how surely each pixel lies in a lung of a chest film as they are usually taken, float `(size, size)`."""
     y, x = np.mgrid[:size, :size] / size
     sides = [((x - centre) / 0.15) ** 2 + ((y - 0.48) / 0.3) ** 2 for centre in (0.29, 0.71)]
     return 1 / (1 + np.exp(8 * (np.minimum(*sides) - 1))).astype("float32")
+
+
+def _haze(rng, field, size):
+    """Return the weight of a haze that fills `field`, somewhat uneven."""
+    cloud = cv2.resize(rng.normal(0, 1, (4, 4)).astype("float32"), (size, size), interpolation=cv2.INTER_CUBIC)
+    return np.clip(field * rng.uniform(0.2, 0.8) * np.clip(0.85 + 0.25 * cloud, 0.2, 1.2), 0, 1).astype("float32")
 
 
 def _opacity(rng, field, size):

@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+import cv2
 import numpy as np
 
 from cxr import anomaly, augment, autoencoder, decode, phantom
@@ -36,26 +37,66 @@ def outlined(manifest, size):
     return np.array([row for row, _ in found]), np.stack(masks)
 
 
-def segment(run, size, epochs, seed=0):
-    """Return the lung fields of all images of a run, bool `(n, size, size)`, and the Dice score of each checked one.
-
-    A `autoencoder.segmenter` learns from the outlined images of train and is checked on those of validation, whose
-    patients it has not seen; the test images have no outlines.
+def network(run, size, epochs, seed=0, *, normals_only=False):
+    """Return an `autoencoder.segmenter` of lung fields, trained on the outlined images of train (once, then loaded).
 
     Args:
         run: `records.Run`.
         size: side in pixels, a multiple of 8.
         epochs, seed: of its training.
+        normals_only: learn from normal images alone, as an anomaly detector must.
     """
-    images, (rows, masks) = run.images(size), outlined(run.manifest, size)
-    split = run.manifest["split"].to_numpy()[rows]
-    known, held_out = split == "train", split == "val"
-    model = anomaly.trained(run, f"lungs-{size}-{epochs}", seed,
-                            lambda: autoencoder.segmenter(size, augment.exposure_and_sharpness()),
-                            lambda model: autoencoder.fit(model, images[rows[known]], masks[known], epochs=epochs,
-                                                          seed=seed))
-    fields = autoencoder.apply(model, images) > 0.5
-    return fields, dice(fields[rows[held_out]], masks[held_out])
+    rows, masks = outlined(run.manifest, size)
+    some = run.manifest.iloc[rows]
+    known = ((some["split"] == "train") & (~np.bool_(normals_only) | (some["label"] == "NORMAL"))).to_numpy()
+    return anomaly.trained(run, f"lungs-{size}-{epochs}{'-normals' * normals_only}", seed,
+                           lambda: autoencoder.segmenter(size, augment.exposure_and_sharpness()),
+                           lambda model: autoencoder.fit(model, run.images(size)[rows[known]], masks[known],
+                                                         epochs=epochs, seed=seed))
+
+
+def agreement(run, probability):
+    """Return the Dice score of each outlined image of validation, whose patients no `network` has seen: float `(m,)`.
+
+    Args:
+        run: `records.Run`.
+        probability: float `(n, size, size)` of all images of the run, from a `network`.
+    """
+    rows, masks = outlined(run.manifest, probability.shape[1])
+    held_out = (run.manifest["split"].iloc[rows] == "val").to_numpy()
+    return dice(probability[rows[held_out]] > 0.5, masks[held_out])
+
+
+def silhouette(images, probability):
+    """Return how clearly the lungs stand out: float `(n, 2)`, contrast across their border, and the network's doubt.
+
+    Consolidated lung is as dense as what it touches, so that borders are lost: radiology's silhouette sign (Felson and
+    Felson 1950). Contrast is the mean grey level of a ring around the lung fields less that inside them, in units of
+    the image's range between its 2nd and 98th percentile; doubt is the mean of `p (1 - p)`.
+
+    Args:
+        images: uint8 `(n, size, size)`.
+        probability: float, the same shape, of a `network`.
+    """
+    size = images.shape[1]
+    kernel, usual = np.ones((2 * (size // 32) + 1,) * 2, np.uint8), anomaly.usual_lungs(size) > 0.5
+    found = np.empty((len(images), 2))
+    for index, (image, p) in enumerate(zip(images.astype("float32"), probability, strict=True)):
+        low, high = np.percentile(image, (2, 98))
+        field = p > 0.5 if (p > 0.5).mean() > 0.005 else usual  # where no lung is found, look where lungs usually lie
+        ring = (cv2.dilate(field.astype(np.uint8), kernel) > 0) & ~field
+        found[index] = (image[ring].mean() - image[field].mean()) / max(high - low, 1), (p * (1 - p)).mean()
+    return found
+
+
+def lost_silhouette(normal, features):
+    """Return the score of `silhouette` features: less contrast and more doubt than in normals, float `(n,)`.
+
+    Args:
+        normal: float `(m, 2)`, of the normal training images, whose mean and deviation are the units.
+        features: float `(n, 2)`.
+    """
+    return ((features - normal.mean(0)) / normal.std(0)) @ np.array([-1.0, 1.0])
 
 
 def dice(found, true):

@@ -125,7 +125,7 @@ def scatter(groups, *, xlabel, ylabel):
 @_styled
 def bars(table, *, ylabel="images"):
     """Show a DataFrame of counts as grouped bars: index along the axis, one colour a column, the number above."""
-    figure, axis = plt.subplots(figsize=(max(5, 1 + 0.55 * table.size), 3.4))
+    figure, axis = plt.subplots(figsize=(max(5, 1 + 0.55 * table.size, 1 + 1.05 * len(table)), 3.4))
     width = 0.8 / table.shape[1]
     for k, column in enumerate(table):
         drawn = axis.bar(np.arange(len(table)) + (k - (table.shape[1] - 1) / 2) * width, table[column], width * 0.94,
@@ -213,7 +213,7 @@ def roc_and_precision_recall(curves, *, thresholds=None):
 def heat_table(table, *, texts=None, fmt="{:.3f}", xlabel="", ylabel="", cmap="Blues"):
     """Show a DataFrame of numbers as coloured cells, each with its number or its text of `texts`; NaN stays empty."""
     values = table.to_numpy(float)
-    wide, tall = (0.95, 0.5) if texts is None else (1.5, 0.62)  # a text holds a number and its interval
+    wide, tall = (1.1, 0.5) if texts is None else (1.5, 0.62)  # a text holds a number and its interval
     figure, axis = plt.subplots(figsize=(2.2 + wide * values.shape[1], 1.1 + tall * values.shape[0]))
     low, high = np.nanmin(values), np.nanmax(values)
     axis.imshow(np.ma.masked_invalid(values), cmap=cmap, vmin=low - 0.05 * (high - low), vmax=high, aspect="auto")

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxr import config, data, lungs, phantom
+from cxr import anomaly, autoencoder, config, data, lungs, phantom
 
 
 def test_dice_counts_overlap_twice_and_two_empty_masks_agree():
@@ -44,15 +44,41 @@ def test_a_set_without_outlines_says_where_they_were_looked_for(tmp_path):
         lungs.outlined(manifest, 16)
 
 
-def test_the_network_outlines_phantoms_that_it_has_not_seen(tmp_path, monkeypatch):
-    phantom.write(tmp_path / "set", num_train=80, num_val=4, num_test=8, size=64)
-    monkeypatch.setattr("cxr.config.root", lambda: tmp_path)
-    run = config.start("08_autoencoder", data=str(tmp_path / "set"))
-    fields, scores = lungs.segment(run, 32, epochs=8)
-    assert fields.shape == (len(run.manifest), 32, 32) and fields.dtype == bool
+@pytest.fixture(scope="module")
+def outlines(tmp_path_factory):
+    """A run on phantoms and the lung probabilities of a network that has learnt from the normal ones."""
+    folder = tmp_path_factory.mktemp("lungs")
+    phantom.write(folder / "set", num_train=80, num_val=4, num_test=24, size=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cxr.config.root", lambda: folder)
+        run = config.start("08_autoencoder", data=str(folder / "set"))
+    network = lungs.network(run, 32, epochs=12, normals_only=True)
+    return run, autoencoder.apply(network, run.images(32))
+
+
+def test_the_network_outlines_phantoms_that_it_has_not_seen(outlines):
+    run, probability = outlines
+    scores = lungs.agreement(run, probability)
     assert len(scores) == (run.manifest["split"] == "val").sum() and scores.mean() > 0.8
-    again, _ = lungs.segment(run, 32, epochs=8)  # loaded, not trained again
-    np.testing.assert_array_equal(again, fields)
+    again = lungs.network(run, 32, epochs=12, normals_only=True)  # loaded, not trained again
+    np.testing.assert_allclose(autoencoder.apply(again, run.images(32)), probability, atol=1e-5)
+
+
+def test_a_painted_chest_loses_its_silhouette(outlines):
+    run, probability = outlines
+    normal = np.flatnonzero(run.manifest["label"] == "NORMAL")
+    plain = lungs.silhouette(run.images(32)[normal], probability[normal])
+    hazy = np.uint8(0.3 * run.images(32)[normal] + 0.7 * 150)  # fog over all of it, then exposed as before
+    fog, _ = anomaly.opacities(run.images(32)[normal], seed=0, lungs=probability[normal] > 0.5)
+    assert plain.shape == (len(normal), 2) and np.isfinite(plain).all()
+    scores = [lungs.lost_silhouette(plain, rows) for rows in (plain, lungs.silhouette(fog, probability[normal]))]
+    assert abs(scores[0].mean()) < 1e-6 < scores[1].mean()
+    np.testing.assert_allclose(lungs.silhouette(hazy, probability[normal])[:, 0], plain[:, 0], atol=0.05)  # no exposure
+
+
+def test_an_image_without_lungs_gets_a_score():
+    empty = lungs.silhouette(np.full((1, 32, 32), 90, np.uint8), np.zeros((1, 32, 32), "float32"))
+    assert empty.tolist() == [[0, 0]]
 
 
 def test_the_real_outlines_fit_the_real_images(real_data):
