@@ -66,8 +66,10 @@ $(RUN)/notebooks/%.ipynb: notebooks/%.ipynb $(CODE) $(RUN)/.parameters | $(READY
 	  { mv -f $(@D)/.$*.running.ipynb $(@:.ipynb=.failed.ipynb); echo "Failed: look at $(@:.ipynb=.failed.ipynb)" >&2; exit 1; }
 	@mv -f $(@D)/.$*.running.ipynb $@
 
-# The report reads what the other notebooks wrote.
+# The report reads what the other notebooks wrote, and 09 probes the models that they saved.
 $(REPORT): $(filter-out $(REPORT),$(EXECUTED))
+TRUST := $(RUN)/notebooks/09_trust.ipynb
+$(TRUST): $(filter-out $(TRUST) $(REPORT),$(EXECUTED))
 
 # Other parameters are another run: this file changes only when they do.
 $(RUN)/.parameters: FORCE
