@@ -97,8 +97,8 @@ publish: $(READY)  ## copy the records, figures and exported models of a full ru
 	$(if $(filter results/chest_xray,$(PUBLISHED)),cp $(RUN)/figures/*.png figures/)
 	$(MAKE) report
 
-report: $(READY)  ## check every published number against its predictions and rewrite the README's tables
-	$(PYTHON) -m cxr report $(wildcard results/*) --readme README.md
+report: $(READY)  ## check every published number against its predictions and rewrite the tables of README and model card
+	$(PYTHON) -m cxr report $(wildcard results/*) --readme README.md --card MODEL_CARD.md
 
 bench: $(READY)  ## run every benchmark: both sides in one go, ratios
 	for script in benchmarks/*.py; do $(PYTHON) $$script; done

@@ -42,6 +42,7 @@ def _parser():
     report = commands.add_parser("report", help="check records against their predictions and make their tables")
     report.add_argument("results", nargs="*", help="folders with records/ and predictions/")
     report.add_argument("--readme", metavar="FILE", help="rewrite the results between this file's markers")
+    report.add_argument("--card", metavar="FILE", help="rewrite the numbers of published models between its markers")
     report.add_argument("--html", metavar="FILE", help="write the report of the one folder given")
     report.set_defaults(command=_report)
     return parser
@@ -118,18 +119,21 @@ def _dumps(value):
     return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
-def _report(results, readme, html):
+def _report(results, readme, card, html):
+    from cxr import card as model_card
     from cxr import report
 
-    if not readme and not html:
-        raise ValueError("report: expected --readme FILE or --html FILE.")
+    if not readme and not html and not card:
+        raise ValueError("report: expected --readme FILE, --card FILE or --html FILE.")
     if html and len(results) != 1:
         raise ValueError(f"report: --html takes one results folder, not {len(results)}.")
     if readme:
         report.update_readme(readme, *results)
+    if card:
+        model_card.update(card, *results)
     if html:
         report.html(results[0], html)
-    print("\n".join(filter(None, (readme, html))))
+    print("\n".join(filter(None, (readme, card, html))))
     return 0
 
 
