@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pandas as pd
 from keras import ops
-from scipy import stats
+from scipy import special, stats
 from sklearn import metrics
 
 
@@ -31,16 +31,29 @@ def grad_cam(model, images, *, label=1):
 
     Source: Selvaraju et al. 2017.
     """
+    return explained(model, images, label=label)[2]
+
+
+def explained(model, images, *, label=1):
+    """Return `(probability, features, maps)` from one pass through the network.
+
+    Args:
+        model, images, label: as of `grad_cam`.
+
+    Returns:
+        Probability of pneumonia, float `(n,)`; what the layer `logit` reads, float `(n, m)`; maps as of `grad_cam`.
+    """
     body, tail = _at_last_map(model)
-    maps = []
+    parts = []
     for start in range(0, len(images), 64):
         features = ops.convert_to_tensor(body.predict_on_batch(images[start:start + 64][..., None]))
-        gradient = _gradient(tail, features) * (1 if label else -1)
-        weight = gradient.mean((1, 2), keepdims=True)
-        maps.append(np.maximum((weight * ops.convert_to_numpy(features)).sum(-1), 0))
+        logit, pooled, gradient = _gradient(tail, features)
+        weight = gradient.mean((1, 2), keepdims=True) * (1 if label else -1)
+        parts.append((logit[:, 0], pooled, np.maximum((weight * ops.convert_to_numpy(features)).sum(-1), 0)))
+    logit, pooled, maps = (np.concatenate(part) for part in zip(*parts, strict=True))
     size = images.shape[1]
-    heat = ops.convert_to_numpy(ops.image.resize(np.concatenate(maps)[..., None], (size, size)))[..., 0]
-    return _scaled(heat)
+    heat = ops.convert_to_numpy(ops.image.resize(maps[..., None], (size, size)))[..., 0]
+    return special.expit(logit.astype("float64")), pooled, _scaled(heat)
 
 
 def _scaled(heat):
@@ -51,18 +64,19 @@ def _scaled(heat):
 
 @functools.lru_cache(maxsize=1)  # many calls with one model: Keras compiles each new network once
 def _at_last_map(model):
-    """Return the network up to its last feature map, and from there to the logit; layers are shared with `model`."""
-    logit = model.get_layer("logit").output
+    """Return the network up to its last feature map, and from there to the logit and what it reads; layers shared."""
+    logit = model.get_layer("logit")
+    ends = [logit.output, logit.input]
     place = next((i for i, layer in enumerate(model.layers) if isinstance(layer, keras.Model)), None)
     if place is None:
         features = _last_map(model)
-        return keras.Model(model.input, features), keras.Model(features, logit)
+        return keras.Model(model.input, features), keras.Model(features, ends)
     network = model.layers[place]
     features = _last_map(network)
     start, end = keras.Model(network.input, features), keras.Model(features, network.output)
     body = keras.Model(model.input, start(model.layers[place - 1].output))
     inputs = keras.Input(body.output.shape[1:])
-    return body, keras.Model(inputs, keras.Model(model.layers[place + 1].input, logit)(end(inputs)))
+    return body, keras.Model(inputs, keras.Model(model.layers[place + 1].input, ends)(end(inputs)))
 
 
 def _last_map(network):
@@ -74,21 +88,26 @@ def _last_map(network):
 
 
 def _gradient(tail, features):
-    """Return d logit / d features as an array: the one place where a backend must be named."""
+    """Return the tail's outputs and d logit / d features as arrays: the one place where a backend must be named."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf
 
         with tf.GradientTape() as tape:
             tape.watch(features)
-            total = ops.sum(tail(features, training=False))
-        return tape.gradient(total, features).numpy()
+            logit, pooled = tail(features, training=False)
+            total = ops.sum(logit)
+        return logit.numpy(), pooled.numpy(), tape.gradient(total, features).numpy()
     if backend == "jax":
         import jax
 
-        trained, others = tail.trainable_variables, tail.non_trainable_variables
-        total = lambda x: tail.stateless_call(trained, others, x, training=False)[0].sum()  # noqa: E731
-        return np.asarray(jax.grad(total)(features))
+        def total(x):
+            logit, pooled = tail.stateless_call(*weights, x, training=False)[0]
+            return logit.sum(), (logit, pooled)
+
+        weights = tail.trainable_variables, tail.non_trainable_variables
+        gradient, outputs = jax.grad(total, has_aux=True)(features)
+        return *map(np.asarray, outputs), np.asarray(gradient)
     raise ValueError(f"Grad-CAM needs TensorFlow or JAX and KERAS_BACKEND is {backend!r}; occlusion runs anywhere.")
 
 
