@@ -21,7 +21,7 @@ def main(arguments=None):
 
 def _parser():
     parser = argparse.ArgumentParser("cxr", description="A chest X-ray lab: research and teaching, not diagnosis.")
-    commands = parser.add_subparsers(required=True, metavar="{phantom,audit,predict,evaluate,report}")
+    commands = parser.add_subparsers(required=True, metavar="{phantom,audit,predict,evaluate,export,report}")
     _phantom_parser(commands.add_parser("phantom", help="write a set of synthetic chest X-rays"))
     audit = commands.add_parser("audit", help="look for copies, shared patients, unreadable files and shortcuts")
     audit.add_argument("source", help="phantom, kaggle, pneumoniamnist, a folder or .npz, or several joined by ':'")
@@ -36,7 +36,9 @@ def _parser():
     evaluate.add_argument("source", help="as for audit; not the set that the model was trained on")
     evaluate.add_argument("--out", metavar="DIR", default="runs/external", help="folder of the record (%(default)s)")
     evaluate.set_defaults(command=_evaluate)
-    for parser_with_model in (predict, evaluate):
+    export = commands.add_parser("export", help="write a model as ONNX beside its .keras file")
+    export.set_defaults(command=_export)
+    for parser_with_model in (predict, evaluate, export):
         parser_with_model.add_argument("--model", required=True, metavar="RUN_ID_OR_FILE",
                                        help="run id of an exported model, or its .keras file")
     report = commands.add_parser("report", help="check records against their predictions and make their tables")
@@ -112,6 +114,13 @@ def _evaluate(source, model, out):
         found = record["metrics"][name]
         print(f"{name}: {found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f}), n = {found['n']}")
     print(f"{out}/{record['run_id']}.json")
+    return 0
+
+
+def _export(model):
+    from cxr import deploy
+
+    print(deploy.to_onnx(deploy.find(model)))
     return 0
 
 

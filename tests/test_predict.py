@@ -3,6 +3,7 @@
 import json
 import pathlib
 import pickle
+import sys
 import zipfile
 
 import cv2
@@ -152,3 +153,22 @@ def test_a_published_model_works_right_after_cloning(path, films, tmp_path):
     assert about["thresholds"] == record["thresholds"] and about["run_id"] == record["run_id"]
     table = predict.score_files(predict.find_files([films / "good0.jpeg"]), model, about, tmp_path)
     assert table["error"].eq("").all() and 0 <= float(table["probability"][0]) <= 1
+
+
+def test_onnx_gives_the_same_scores(lab, tmp_path, capsys):
+    runtime = pytest.importorskip("onnxruntime", reason="ONNX is an extra: pip install -r requirements-onnx.txt")
+    pytest.importorskip("tf2onnx", reason="ONNX is an extra: pip install -r requirements-onnx.txt")
+    run, _, path = lab
+    for suffix in (".keras", ".json"):
+        (tmp_path / f"m{suffix}").write_bytes(path.with_suffix(suffix).read_bytes())
+    assert cli.main(["export", "--model", str(tmp_path / "m.keras")]) == 0
+    session = runtime.InferenceSession(tmp_path / "m.onnx")
+    images = run.images(64)[:20]
+    found, = session.run(None, {session.get_inputs()[0].name: images[..., None].astype("float32")})
+    np.testing.assert_allclose(found[:, 0], train.predict(deploy.load(path)[0], images), atol=1e-5)
+
+
+def test_without_its_extra_export_says_what_to_install(lab, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tf2onnx", None)
+    assert cli.main(["export", "--model", str(lab[2])]) == 2
+    assert "requirements-onnx.txt" in capsys.readouterr().err
