@@ -16,6 +16,11 @@ BASE_PYTHON ?= python3
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PYTHONHASHSEED ?= 0
 
+# Small networks do not fill two cores: on processors notebooks run side by side and share them. A GPU takes one.
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+JOBS ?= $(shell command -v nvidia-smi >/dev/null && echo 1 || echo $$(( $(CORES) < 4 ? $(CORES) : 4 )))
+MAKEFLAGS += --jobs=$(JOBS)
+
 VENV := .venv
 READY := $(VENV)/.ready
 PYTHON := $(VENV)/bin/python
@@ -36,7 +41,7 @@ OVERRIDES := $(foreach name,NUM_SEEDS IMAGE_SIZE EPOCHS,$(if $($(name)),-p $(nam
 PARAMETERS := -p PROFILE $(PROFILE) -p DATA $(DATA) -p SEED $(SEED) $(OVERRIDES)
 PAPERMILL := $(PYTHON) -m papermill --cwd notebooks --log-output --no-progress-bar --execution-timeout 86400
 
-.PHONY: help setup reproduce test lint report bench publish notebooks clean FORCE
+.PHONY: help setup reproduce test lint report demo bench publish notebooks clean FORCE
 
 help:  ## list the verbs
 	@echo "A chest X-ray lab for research and teaching, not for diagnosis."
@@ -57,12 +62,15 @@ reproduce: $(EXECUTED)  ## run the notebooks end to end and write the report
 	@$(if $(CHOSEN),,echo "No notebook matches NOTEBOOKS=\"$(NOTEBOOKS)\"; there are $(ALL)" >&2; exit 2)
 	@echo "Done. Notebooks: $(RUN)/notebooks$(if $(filter %10_comparison_report.ipynb,$(EXECUTED)),   Report: $(RUN)/report.html)"
 
+$(RUN)/notebooks/%.ipynb: export TF_NUM_INTRAOP_THREADS ?= $(shell echo $$(( $(CORES) / ($(words $(CHOSEN)) < $(JOBS) ? $(words $(CHOSEN)) : $(JOBS)) )))
+$(RUN)/notebooks/%.ipynb: export OMP_NUM_THREADS ?= $(TF_NUM_INTRAOP_THREADS)
+
 # The one rule: run beside, then rename. A failed notebook stays as *.failed.ipynb and never counts as done.
 $(RUN)/notebooks/%.ipynb: notebooks/%.ipynb $(CODE) $(RUN)/.parameters | $(READY)
 	@mkdir -p $(@D)
 	@rm -f $(@:.ipynb=.failed.ipynb)
 	@echo "── $* ($(PROFILE), $(DATA))"
-	@$(PAPERMILL) $(PARAMETERS) $< $(@D)/.$*.running.ipynb || \
+	@$(PAPERMILL) $(PARAMETERS) $< $(@D)/.$*.running.ipynb 2>&1 | sed -u 's/^/$(firstword $(subst _, ,$*)) │ /' || \
 	  { mv -f $(@D)/.$*.running.ipynb $(@:.ipynb=.failed.ipynb); echo "Failed: look at $(@:.ipynb=.failed.ipynb)" >&2; exit 1; }
 	@mv -f $(@D)/.$*.running.ipynb $@
 
@@ -99,6 +107,9 @@ publish: $(READY)  ## copy the records, figures and exported models of a full ru
 
 report: $(READY)  ## check every published number against its predictions and rewrite the tables of README and model card
 	$(PYTHON) -m cxr report $(wildcard results/*) --readme README.md --card MODEL_CARD.md
+
+demo: $(READY)  ## train a small model on phantoms and score a few of them: a page with heatmaps
+	$(PYTHON) -m cxr.demo
 
 bench: $(READY)  ## run every benchmark: both sides in one go, ratios
 	for script in benchmarks/*.py; do $(PYTHON) $$script; done

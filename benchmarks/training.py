@@ -98,12 +98,20 @@ def torch_side(build, size, images, labels):
     return epoch, sum(parameter.numel() for parameter in network.parameters())
 
 
-def measure(keras_build, torch_build, size, count, turns):
-    """Return images a second of both sides and their ratio."""
-    rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (count, size, size)).astype(np.uint8), np.arange(count) % 2
-    sides = {"keras": keras_side(keras_build, size, images, labels),
-             "pytorch": torch_side(torch_build, size, images, labels)}
+def random_images(count, size):
+    """Return images that no network can learn from; speed does not depend on what they show."""
+    return np.random.default_rng(0).integers(0, 256, (count, size, size)).astype(np.uint8)
+
+
+def classifiers(keras_build, torch_build, size, count):
+    """Return both sides of a classifier, ready for `measure`."""
+    images, labels = random_images(count, size), np.arange(count) % 2
+    return {"keras": keras_side(keras_build, size, images, labels),
+            "pytorch": torch_side(torch_build, size, images, labels)}
+
+
+def measure(sides, size, count, turns):
+    """Return images a second of both sides and their ratio; `sides`: name -> (epoch, number of parameters)."""
     parameters = {name: number for name, (_, number) in sides.items()}
     assert len(set(parameters.values())) == 1, f"the two networks differ: {parameters}"
     seconds = {name: [] for name in sides}
@@ -125,8 +133,10 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count())
-    found = {"seed_cnn": measure(models.seed_cnn, torch_seed_cnn, 180, options.images, options.turns),
-             "lab_cnn": measure(models.lab_cnn, torch_lab_cnn, 96, options.images, options.turns)}
+    found = {}
+    for keras_build, torch_build, size in ((models.seed_cnn, torch_seed_cnn, 180), (models.lab_cnn, torch_lab_cnn, 96)):
+        sides = classifiers(keras_build, torch_build, size, options.images)
+        found[keras_build.__name__] = measure(sides, size, options.images, options.turns)
     result = {"images": options.images, "batch_size": BATCH, "turns": options.turns, "networks": found,
               "machine": machine() | {"torch": torch.__version__, "keras_threads": os.cpu_count()}}
     records.write_atomic(RESULT, json.dumps(result, indent=1) + "\n")

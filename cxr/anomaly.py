@@ -139,6 +139,23 @@ def without_blur(score, blur, normal):
     return score - (slope * np.asarray(blur) + offset)
 
 
+def auc_within(y_true, score, blur, num_bins=5):
+    """Return the AUC over those pairs of a normal and an abnormal image whose blur lies in the same quantile bin.
+
+    Args:
+        y_true: 0/1 int `(n,)`.
+        score, blur: float `(n,)`.
+    """
+    bins = np.searchsorted(np.quantile(blur, np.linspace(0, 1, num_bins + 1)[1:-1]), blur)
+    won = pairs = 0
+    for rows in (bins == number for number in range(num_bins)):
+        sick, count = np.sum(np.asarray(y_true)[rows]), np.sum(rows)
+        if 0 < sick < count:
+            won += metrics.roc_auc_score(np.asarray(y_true)[rows], np.asarray(score)[rows]) * sick * (count - sick)
+            pairs += sick * (count - sick)
+    return won / pairs if pairs else np.nan
+
+
 def trained(run, name, seed, build, fit):
     """Return a model of this run: loaded where it was trained before, else built, trained and saved.
 

@@ -58,7 +58,8 @@ def to_onnx(path):
         import tf2onnx  # noqa: F401  Keras calls it
     except ImportError as error:
         raise ImportError("ONNX needs tf2onnx: pip install -r requirements-onnx.txt") from error
-    model, _ = load(path)
+    model, about = load(path)
+    model(np.zeros((1, about["image_size"], about["image_size"], 1), "float32"))  # Keras exports what was called once
     out = pathlib.Path(path).with_suffix(".onnx")
     save_atomic(lambda temporary: model.export(temporary, format="onnx", verbose=False), out)
     return out

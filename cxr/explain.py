@@ -14,6 +14,8 @@ from keras import ops
 from scipy import special, stats
 from sklearn import metrics
 
+from cxr import transfer
+
 
 def grad_cam(model, images, *, label=1):
     """Return the Grad-CAM map of each image: which places of the last feature map speak for `label`.
@@ -67,11 +69,10 @@ def _at_last_map(model):
     """Return the network up to its last feature map, and from there to the logit and what it reads; layers shared."""
     logit = model.get_layer("logit")
     ends = [logit.output, logit.input]
-    place = next((i for i, layer in enumerate(model.layers) if isinstance(layer, keras.Model)), None)
-    if place is None:
+    place, network = transfer.nested(model)
+    if network is None:
         features = _last_map(model)
         return keras.Model(model.input, features), keras.Model(features, ends)
-    network = model.layers[place]
     features = _last_map(network)
     start, end = keras.Model(network.input, features), keras.Model(features, network.output)
     body = keras.Model(model.input, start(model.layers[place - 1].output))

@@ -269,10 +269,14 @@ class DiscriminativeAdamW(keras.optimizers.AdamW):
         super().update_step(gradient, variable, ops.cast(learning_rate, variable.dtype) * share)
 
 
+def on_cpu():
+    """Return whether Keras sees no device but processors."""
+    return all(name.startswith("cpu") for name in keras.distribution.list_devices())
+
+
 def jit_compile():
     """Return Keras's option: XLA halves the speed of convolutions on a CPU under TensorFlow; elsewhere Keras knows."""
-    on_cpu = not [name for name in keras.distribution.list_devices() if not name.startswith("cpu")]
-    return False if keras.backend.backend() == "tensorflow" and on_cpu else "auto"
+    return False if keras.backend.backend() == "tensorflow" and on_cpu() else "auto"
 
 
 def _compile(model, recipe, labels, steps):

@@ -5,6 +5,7 @@ Notebooks end a figure cell with `plt.show()`. Colours: Okabe & Ito 2008, told a
 """
 
 import functools
+import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -130,7 +131,7 @@ def bars(table, *, ylabel="images"):
         drawn = axis.bar(np.arange(len(table)) + (k - (table.shape[1] - 1) / 2) * width, table[column], width * 0.94,
                          label=str(column))
         axis.bar_label(drawn, fmt="{:,.4g}", fontsize=9, padding=2)
-    axis.set_xticks(range(len(table)), table.index)
+    axis.set_xticks(range(len(table)), [textwrap.fill(str(name).replace("_", " "), 14) for name in table.index])
     axis.set_ylabel(ylabel)
     axis.grid(axis="x", visible=False)
     axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=table.shape[1])  # above, where no bar is
@@ -209,15 +210,17 @@ def roc_and_precision_recall(curves, *, thresholds=None):
 
 
 @_styled
-def heat_table(table, *, fmt="{:.3f}", xlabel="", ylabel="", cmap="Blues"):
-    """Show a DataFrame of numbers as coloured cells with the number in each; NaN stays empty."""
+def heat_table(table, *, texts=None, fmt="{:.3f}", xlabel="", ylabel="", cmap="Blues"):
+    """Show a DataFrame of numbers as coloured cells, each with its number or its text of `texts`; NaN stays empty."""
     values = table.to_numpy(float)
-    figure, axis = plt.subplots(figsize=(2.2 + 0.95 * values.shape[1], 1.1 + 0.5 * values.shape[0]))
+    wide, tall = (0.95, 0.5) if texts is None else (1.5, 0.62)  # a text holds a number and its interval
+    figure, axis = plt.subplots(figsize=(2.2 + wide * values.shape[1], 1.1 + tall * values.shape[0]))
     low, high = np.nanmin(values), np.nanmax(values)
     axis.imshow(np.ma.masked_invalid(values), cmap=cmap, vmin=low - 0.05 * (high - low), vmax=high, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            axis.text(column, row, fmt.format(value), ha="center", va="center",
+            axis.text(column, row, texts.iloc[row, column] if texts is not None else fmt.format(value),
+                      ha="center", va="center",
                       color="white" if value > low + 0.6 * (high - low) else INK)
     axis.set_xticks(range(values.shape[1]), table.columns)
     axis.set_yticks(range(values.shape[0]), table.index)

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from cxr import augment, transfer
-from cxr.fitting import Recipe, fit, predict, save_atomic
+from cxr.fitting import Recipe, fit, on_cpu, predict, save_atomic
 
-__all__ = ["Recipe", "fit", "labels_of", "load_model", "predict", "predictions", "repeat", "rescore"]
+__all__ = ["Recipe", "fit", "labels_of", "load_model", "on_cpu", "predict", "predictions", "repeat", "rescore"]
 
 
 def labels_of(manifest):

@@ -121,6 +121,12 @@ def is_stored(recipe):
     return recipe.strategy in ("frozen", "partial") and not acts_at_each_step
 
 
+def nested(model):
+    """Return `(place, network)`: the backbone inside a `build` model and its index among the layers, else `None`s."""
+    return next(((place, layer) for place, layer in enumerate(model.layers) if isinstance(layer, keras.Model)),
+                (None, None))
+
+
 def split(model, strategy):
     """Return `(body, tail)`: what a `build` model never changes, and what it trains; both share its layers.
 
@@ -131,8 +137,8 @@ def split(model, strategy):
     Returns:
         `keras.Model` from images to the activations at the cut, and one from there to the probability.
     """
-    place = next(index for index, layer in enumerate(model.layers) if isinstance(layer, keras.Model))
-    network, features = model.layers[place], model.layers[place + 1].input
+    place, network = nested(model)
+    features = model.layers[place + 1].input
     head = keras.Model(features, model.output)
     if strategy == "frozen":
         return keras.Model(model.input, features), head

@@ -4,7 +4,6 @@ Images are uint8 `(n, size, size)`, masks bool of the same shape. Nothing here n
 function from images to scores.
 """
 
-import pathlib
 import time
 
 import cv2
@@ -110,30 +109,6 @@ PROBES = {
 }
 
 
-def given_lungs(manifest, size):
-    """Return lung masks that lie beside a set, and which images have one.
-
-    Args:
-        manifest: rows of a source; masks are `masks/lung/<split>/<stem>.png` in it (phantoms), or
-            `lung_masks/<split>/<class>/<stem>.png` beside it.
-        size: side of the masks.
-
-    Returns:
-        `(masks, known)`: bool `(n, size, size)`, empty where unknown, and bool `(n,)`.
-    """
-    masks = np.zeros((len(manifest), size, size), bool)
-    for row, path in enumerate(map(pathlib.Path, manifest["path"])):
-        if len(path.parts) < 4:
-            continue
-        split, label = path.parts[-3:-1]
-        files = (path.parents[2] / "masks" / "lung" / split / f"{path.stem}.png",
-                 path.parents[3] / "lung_masks" / split / label / f"{path.stem}.png")
-        if file := next((file for file in files if file.is_file()), None):
-            mask = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
-            masks[row] = cv2.resize(mask, (size, size), interpolation=cv2.INTER_AREA) > 127
-    return masks, masks.any((1, 2))
-
-
 def probe(run, record, score, images, *, lungs, threshold):
     """Score the images of a finished run under every probe, or load what is finished; return the record of that.
 
@@ -145,8 +120,7 @@ def probe(run, record, score, images, *, lungs, threshold):
         record: of the run whose network is probed.
         score: function from images to probabilities, float `(n,)`; called only where there is no record yet.
         images: uint8 `(n, size, size)` in the manifest's order.
-        lungs: `(masks, known)` as `given_lungs` returns them. Probes of the lungs take test images where masks are
-            known, or validation images where no test image has one.
+        lungs: bool masks `(n, size, size)` of all images, as of `lungs.fields`; `None` leaves out the probes of lungs.
         threshold: name of the frozen threshold to follow, such as `sensitivity_95_shifted`.
     """
     config = record["config"] | {"probed": record["run_id"], "probes": sorted(map(name_of, PROBES))}
@@ -154,16 +128,13 @@ def probe(run, record, score, images, *, lungs, threshold):
         return found
     start, manifest = time.monotonic(), run.manifest.reset_index(drop=True)
     frame = run.predictions(record)
-    rows = {False: np.flatnonzero(manifest["split"] == "test")}
-    known = [np.flatnonzero((manifest["split"] == split) & lungs[1]) for split in ("test", "val")]
-    rows[True] = next((index for index in known if len(index) > 20), rows[False][:0])
-    original, parts = frame.set_index("image_id")[["patient_id", "y_true"]], [frame]
-    original = original[~original.index.duplicated()]
+    rows = np.flatnonzero(manifest["split"] == "test")
+    original, parts = frame[frame["split"] == "test"].set_index("image_id")[["patient_id", "y_true"]], [frame]
+    table = original.loc[manifest["image_id"].iloc[rows]].reset_index()
     for key, change in PROBES.items():
-        index = rows[key[0].startswith("lungs")]
-        if len(index):
-            table = original.loc[manifest["image_id"].iloc[index]].reset_index()
-            parts.append(table.assign(split=name_of(key), y_score=score(change(images[index], lungs[0][index]))))
+        if lungs is not None or not key[0].startswith("lungs"):
+            changed = change(images[rows], None if lungs is None else lungs[rows])
+            parts.append(table.assign(split=name_of(key), y_score=score(changed)))
     frame = pd.concat(parts, ignore_index=True).assign(y_score=lambda t: evaluate.round_scores(t["y_score"]))
     cut = record["thresholds"][threshold]
     return run.save(record["variant"], config, record["seed"], frame, threshold=threshold,
@@ -205,7 +176,7 @@ def measure(frame, cut, *, num_resamples=1000):
     Returns:
         As above, JSON-able; `unchanged` holds the three numbers of the same images without the change.
     """
-    plain = frame[frame["split"].isin(["val", "test"])].set_index("image_id")["y_score"]
+    plain = frame[frame["split"] == "test"].set_index("image_id")["y_score"]
     found = {}
     for split in dict.fromkeys(frame.loc[frame["split"].str.startswith("probe:"), "split"]):
         rows = frame[frame["split"] == split]
