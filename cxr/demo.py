@@ -58,7 +58,7 @@ def page(name):
     return gradio.Interface(
         lambda path: score(path, model, about) if path else (None, ""),
         gradio.File(label="X-ray: JPEG, PNG, DICOM …", type="filepath"),
-        [gradio.Image(label="X-ray, and what raised its score"), gradio.Markdown()],
+        [gradio.Image(label="X-ray, and what raised its score", buttons=["fullscreen"]), gradio.Markdown()],
         title="Chest X-ray lab", description=f"{NOTE} Model {about['run_id']}, trained on {about['source']}.{phantom}",
         flagging_mode="never", analytics_enabled=False)
 
