@@ -41,7 +41,7 @@ OVERRIDES := $(foreach name,NUM_SEEDS IMAGE_SIZE EPOCHS,$(if $($(name)),-p $(nam
 PARAMETERS := -p PROFILE $(PROFILE) -p DATA $(DATA) -p SEED $(SEED) $(OVERRIDES)
 PAPERMILL := $(PYTHON) -m papermill --cwd notebooks --log-output --no-progress-bar --execution-timeout 86400
 
-.PHONY: help setup reproduce test lint report bench publish notebooks clean FORCE
+.PHONY: help setup reproduce test lint report demo bench publish notebooks clean FORCE
 
 help:  ## list the verbs
 	@echo "A chest X-ray lab for research and teaching, not for diagnosis."
@@ -74,8 +74,10 @@ $(RUN)/notebooks/%.ipynb: notebooks/%.ipynb $(CODE) $(RUN)/.parameters | $(READY
 	  { mv -f $(@D)/.$*.running.ipynb $(@:.ipynb=.failed.ipynb); echo "Failed: look at $(@:.ipynb=.failed.ipynb)" >&2; exit 1; }
 	@mv -f $(@D)/.$*.running.ipynb $@
 
-# The report reads what the other notebooks wrote.
+# The report reads what the other notebooks wrote, and 09 probes the models that they saved.
 $(REPORT): $(filter-out $(REPORT),$(EXECUTED))
+TRUST := $(RUN)/notebooks/09_trust.ipynb
+$(TRUST): $(filter-out $(TRUST) $(REPORT),$(EXECUTED))
 
 # Other parameters are another run: this file changes only when they do.
 $(RUN)/.parameters: FORCE
@@ -103,8 +105,11 @@ publish: $(READY)  ## copy the records, figures and exported models of a full ru
 	$(if $(filter results/chest_xray,$(PUBLISHED)),cp $(RUN)/figures/*.png figures/)
 	$(MAKE) report
 
-report: $(READY)  ## check every published number against its predictions and rewrite the README's tables
-	$(PYTHON) -m cxr report $(wildcard results/*) --readme README.md
+report: $(READY)  ## check every published number against its predictions and rewrite the tables of README and model card
+	$(PYTHON) -m cxr report $(wildcard results/*) --readme README.md --card MODEL_CARD.md
+
+demo: $(READY)  ## train a small model on phantoms and score a few of them: a page with heatmaps
+	$(PYTHON) -m cxr.demo
 
 bench: $(READY)  ## run every benchmark: both sides in one go, ratios
 	for script in benchmarks/*.py; do $(PYTHON) $$script; done

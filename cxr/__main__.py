@@ -21,7 +21,7 @@ def main(arguments=None):
 
 def _parser():
     parser = argparse.ArgumentParser("cxr", description="A chest X-ray lab: research and teaching, not diagnosis.")
-    commands = parser.add_subparsers(required=True, metavar="{phantom,audit,predict,evaluate,report}")
+    commands = parser.add_subparsers(required=True, metavar="{phantom,audit,predict,evaluate,export,report}")
     _phantom_parser(commands.add_parser("phantom", help="write a set of synthetic chest X-rays"))
     audit = commands.add_parser("audit", help="look for copies, shared patients, unreadable files and shortcuts")
     audit.add_argument("source", help="phantom, kaggle, pneumoniamnist, a folder or .npz, or several joined by ':'")
@@ -36,12 +36,15 @@ def _parser():
     evaluate.add_argument("source", help="as for audit; not the set that the model was trained on")
     evaluate.add_argument("--out", metavar="DIR", default="runs/external", help="folder of the record (%(default)s)")
     evaluate.set_defaults(command=_evaluate)
-    for parser_with_model in (predict, evaluate):
+    export = commands.add_parser("export", help="write a model as ONNX beside its .keras file")
+    export.set_defaults(command=_export)
+    for parser_with_model in (predict, evaluate, export):
         parser_with_model.add_argument("--model", required=True, metavar="RUN_ID_OR_FILE",
                                        help="run id of an exported model, or its .keras file")
     report = commands.add_parser("report", help="check records against their predictions and make their tables")
     report.add_argument("results", nargs="*", help="folders with records/ and predictions/")
     report.add_argument("--readme", metavar="FILE", help="rewrite the results between this file's markers")
+    report.add_argument("--card", metavar="FILE", help="rewrite the numbers of published models between its markers")
     report.add_argument("--html", metavar="FILE", help="write the report of the one folder given")
     report.set_defaults(command=_report)
     return parser
@@ -114,22 +117,32 @@ def _evaluate(source, model, out):
     return 0
 
 
+def _export(model):
+    from cxr import deploy
+
+    print(deploy.to_onnx(deploy.find(model)))
+    return 0
+
+
 def _dumps(value):
     return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
-def _report(results, readme, html):
+def _report(results, readme, card, html):
+    from cxr import card as model_card
     from cxr import report
 
-    if not readme and not html:
-        raise ValueError("report: expected --readme FILE or --html FILE.")
+    if not readme and not html and not card:
+        raise ValueError("report: expected --readme FILE, --card FILE or --html FILE.")
     if html and len(results) != 1:
         raise ValueError(f"report: --html takes one results folder, not {len(results)}.")
     if readme:
         report.update_readme(readme, *results)
+    if card:
+        model_card.update(card, *results)
     if html:
         report.html(results[0], html)
-    print("\n".join(filter(None, (readme, html))))
+    print("\n".join(filter(None, (readme, card, html))))
     return 0
 
 

@@ -36,13 +36,33 @@ def export(run, record, folder):
               "smallest_likeness": round(float(min(0.5, np.quantile(alike, 0.005))), 4)}
     about = {"schema": 1, "run_id": record["run_id"], "variant": record["variant"], "source": record["data"]["source"],
              "synthetic": record["data"]["synthetic"], "image_size": size, "thresholds": record["thresholds"],
-             "threshold": THRESHOLD, "temperature": record["calibration"]["temperature"], "known": known,
+             "threshold": THRESHOLD, "temperature": record["calibration"]["temperature"],
+             "ece": record["calibration"]["ece_calibrated"], "known": known,
              "test": {name: record["metrics"]["test"][name] for name in
                       ("auc", *(f"{metric}@{THRESHOLD}" for metric in ("sensitivity", "specificity", "ppv")))}}
     path = pathlib.Path(folder) / f"{record['run_id']}.keras"
     save_atomic(model.save, path)
     records.write_atomic(path.with_suffix(".json"), json.dumps(about) + "\n")
     return path
+
+
+def to_onnx(path):
+    """Write an exported model as ONNX beside its `.keras` file, for serving without Keras; return the new path.
+
+    The input is float32 `(batch, size, size, 1)` in [0, 255], the output the probability `(batch, 1)`.
+
+    Raises:
+        ImportError: tf2onnx is not installed (`pip install -r requirements-onnx.txt`).
+    """
+    try:
+        import tf2onnx  # noqa: F401  Keras calls it
+    except ImportError as error:
+        raise ImportError("ONNX needs tf2onnx: pip install -r requirements-onnx.txt") from error
+    model, about = load(path)
+    model(np.zeros((1, about["image_size"], about["image_size"], 1), "float32"))  # Keras exports what was called once
+    out = pathlib.Path(path).with_suffix(".onnx")
+    save_atomic(lambda temporary: model.export(temporary, format="onnx", verbose=False), out)
+    return out
 
 
 def load(name):
@@ -55,13 +75,7 @@ def load(name):
         FileNotFoundError: no such model, or no `.json` beside it.
         ValueError: not a model of this lab, or one that would run code of its own.
     """
-    path = pathlib.Path(name)
-    exported = {file.stem: file.with_suffix(".keras") for top in ("runs", "results")
-                for file in sorted(sources.root().glob(f"{top}/*/models/*.json"))}
-    path = exported.get(str(name), path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no model {name}. Give the path of a .keras file, or one of: "
-                                f"{', '.join(exported) or 'none is exported yet'}.")
+    path = find(name)
     if path.suffix != ".keras" or not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not a .keras file. Pickles and other formats are not loaded: they can run code.")
     beside = path.with_suffix(".json")
@@ -76,6 +90,21 @@ def load(name):
         reason = str(error).splitlines()[0][:200]
         raise ValueError(f"{path} is not a model of this lab, or it would run code of its own ({reason}).") from error
     return model, about
+
+
+def find(name):
+    """Return the path of an exported model by its run id, or `name` itself if it is a file.
+
+    Raises:
+        FileNotFoundError: no such model.
+    """
+    exported = {file.stem: file.with_suffix(".keras") for top in ("runs", "results")
+                for file in sorted(sources.root().glob(f"{top}/*/models/*.json"))}
+    path = exported.get(str(name), pathlib.Path(name))
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no model {name}. Give the path of a .keras file, or one of: "
+                                f"{', '.join(exported) or 'none is exported yet'}.")
+    return path
 
 
 def features_of(model):

@@ -6,10 +6,12 @@ so this module also scores maps against masks, and `randomised` gives the networ
 
 import functools
 
+import cv2
 import keras
 import numpy as np
 import pandas as pd
 from keras import ops
+from scipy import special, stats
 from sklearn import metrics
 
 from cxr import transfer
@@ -31,16 +33,29 @@ def grad_cam(model, images, *, label=1):
 
     Source: Selvaraju et al. 2017.
     """
+    return explained(model, images, label=label)[2]
+
+
+def explained(model, images, *, label=1):
+    """Return `(probability, features, maps)` from one pass through the network.
+
+    Args:
+        model, images, label: as of `grad_cam`.
+
+    Returns:
+        Probability of pneumonia, float `(n,)`; what the layer `logit` reads, float `(n, m)`; maps as of `grad_cam`.
+    """
     body, tail = _at_last_map(model)
-    maps = []
+    parts = []
     for start in range(0, len(images), 64):
         features = ops.convert_to_tensor(body.predict_on_batch(images[start:start + 64][..., None]))
-        gradient = _gradient(tail, features) * (1 if label else -1)
-        weight = gradient.mean((1, 2), keepdims=True)
-        maps.append(np.maximum((weight * ops.convert_to_numpy(features)).sum(-1), 0))
+        logit, pooled, gradient = _gradient(tail, features)
+        weight = gradient.mean((1, 2), keepdims=True) * (1 if label else -1)
+        parts.append((logit[:, 0], pooled, np.maximum((weight * ops.convert_to_numpy(features)).sum(-1), 0)))
+    logit, pooled, maps = (np.concatenate(part) for part in zip(*parts, strict=True))
     size = images.shape[1]
-    heat = ops.convert_to_numpy(ops.image.resize(np.concatenate(maps)[..., None], (size, size)))[..., 0]
-    return _scaled(heat)
+    heat = ops.convert_to_numpy(ops.image.resize(maps[..., None], (size, size)))[..., 0]
+    return special.expit(logit.astype("float64")), pooled, _scaled(heat)
 
 
 def _scaled(heat):
@@ -51,17 +66,18 @@ def _scaled(heat):
 
 @functools.lru_cache(maxsize=1)  # many calls with one model: Keras compiles each new network once
 def _at_last_map(model):
-    """Return the network up to its last feature map, and from there to the logit; layers are shared with `model`."""
-    logit = model.get_layer("logit").output
+    """Return the network up to its last feature map, and from there to the logit and what it reads; layers shared."""
+    logit = model.get_layer("logit")
+    ends = [logit.output, logit.input]
     place, network = transfer.nested(model)
     if network is None:
         features = _last_map(model)
-        return keras.Model(model.input, features), keras.Model(features, logit)
+        return keras.Model(model.input, features), keras.Model(features, ends)
     features = _last_map(network)
     start, end = keras.Model(network.input, features), keras.Model(features, network.output)
     body = keras.Model(model.input, start(model.layers[place - 1].output))
     inputs = keras.Input(body.output.shape[1:])
-    return body, keras.Model(inputs, keras.Model(model.layers[place + 1].input, logit)(end(inputs)))
+    return body, keras.Model(inputs, keras.Model(model.layers[place + 1].input, ends)(end(inputs)))
 
 
 def _last_map(network):
@@ -73,21 +89,26 @@ def _last_map(network):
 
 
 def _gradient(tail, features):
-    """Return d logit / d features as an array: the one place where a backend must be named."""
+    """Return the tail's outputs and d logit / d features as arrays: the one place where a backend must be named."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf
 
         with tf.GradientTape() as tape:
             tape.watch(features)
-            total = ops.sum(tail(features, training=False))
-        return tape.gradient(total, features).numpy()
+            logit, pooled = tail(features, training=False)
+            total = ops.sum(logit)
+        return logit.numpy(), pooled.numpy(), tape.gradient(total, features).numpy()
     if backend == "jax":
         import jax
 
-        trained, others = tail.trainable_variables, tail.non_trainable_variables
-        total = lambda x: tail.stateless_call(trained, others, x, training=False)[0].sum()  # noqa: E731
-        return np.asarray(jax.grad(total)(features))
+        def total(x):
+            logit, pooled = tail.stateless_call(*weights, x, training=False)[0]
+            return logit.sum(), (logit, pooled)
+
+        weights = tail.trainable_variables, tail.non_trainable_variables
+        gradient, outputs = jax.grad(total, has_aux=True)(features)
+        return *map(np.asarray, outputs), np.asarray(gradient)
     raise ValueError(f"Grad-CAM needs TensorFlow or JAX and KERAS_BACKEND is {backend!r}; occlusion runs anywhere.")
 
 
@@ -170,3 +191,86 @@ def localisation(heat, masks):
                      "average_precision": metrics.average_precision_score(mask.ravel(), one.ravel()),
                      "chance": mask.mean()})
     return pd.DataFrame(rows, columns=["image", "pointing", "energy", "average_precision", "chance"]).set_index("image")
+
+
+def agreement(heat, other):
+    """Return the rank correlation of each map with another of the same image: float `(n,)`, 0 where one is blank."""
+    pairs = zip(heat.reshape(len(heat), -1), other.reshape(len(other), -1), strict=True)
+    return np.array([stats.spearmanr(a, b).statistic if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0 for a, b in pairs])
+
+
+def faithfulness(model, images, heat, *, steps=8):
+    """Return the mean probability while the places of a map are blurred, and while they are restored, highest first.
+
+    Args:
+        model: network of `models` or `transfer`.
+        images: uint8 `(n, size, size)`.
+        heat: float maps of the same shape.
+        steps: equal shares of the image.
+
+    Returns:
+        `(deletion, insertion)`, float `(n,)` each: a map that finds what the network uses has a low deletion and a high
+        insertion. What is hidden is strongly blurred, which is closer to an X-ray than grey is.
+
+    Source: Petsiuk et al. 2018 (deletion and insertion).
+    """
+    found = np.empty((2, len(images)))
+    for index, (image, one) in enumerate(zip(images, heat, strict=True)):
+        blurred = cv2.GaussianBlur(image, (0, 0), len(image) / 10)
+        noise = np.random.default_rng(index).random(one.size)  # pixels of one value are taken in random order
+        rank = np.lexsort((noise, -one.ravel())).argsort().reshape(one.shape)
+        hidden = np.stack([rank < share * one.size for share in np.arange(1, steps + 1) / (steps + 1)])
+        stages = np.concatenate([np.where(hidden, blurred, image), np.where(hidden, image, blurred)])
+        found[:, index] = np.asarray(model.predict_on_batch(stages[..., None]))[:, 0].reshape(2, steps).mean(1)
+    return found[0], found[1]
+
+
+def smooth_noise(images, seed=0):
+    """Return maps of smooth noise in [0, 1], blind to the images: what deletion and insertion are compared with."""
+    rng, size = np.random.default_rng(seed), images.shape[1]
+    return np.stack([cv2.resize(rng.random((6, 6), dtype="float32"), (size, size)) for _ in images])
+
+
+CRITERIA = {"random weights": "correlation < 0.5", "random labels": "correlation < 0.5",
+            "another seed": "correlation ≥ 0.5", "deletion": "margin > 0", "insertion": "margin > 0",
+            "mass in lungs": "margin > 0", "finds the lesion": "margin > 0"}
+ALIKE = 0.5  # rank correlation from which two maps count as the same
+
+
+def checks(heat, images, *, model=None, random_weights=None, random_labels=None, again=None, lungs=None, lesions=None):
+    """Return what a saliency method passes: dict criterion -> `(value, passed)`; criteria without data are left out.
+
+    Args:
+        heat: maps of the method, float `(n, size, size)`.
+        images: uint8 `(n, size, size)`, of pneumonia.
+        model: network explained, for deletion and insertion: the margin over maps of smooth noise.
+        random_weights, random_labels: maps of the method for a network with random weights, and for one trained on
+            shuffled labels: must not be like `heat`.
+        again: maps for the same network trained from another seed: must be like `heat`.
+        lungs: bool masks: share of the map inside, over the share of the image that they cover.
+        lesions: bool masks: average precision of the pixels, over that of a blob in the middle of the image.
+
+    Margins pass where their mean lies two standard errors above 0.
+
+    Source: Adebayo et al. 2018 (randomisation); Arun et al. 2021 (criteria for chest X-rays).
+    """
+    found = {}
+    for name, other in (("random weights", random_weights), ("random labels", random_labels), ("another seed", again)):
+        if other is not None:
+            value = float(agreement(heat, other).mean())
+            found[name] = value, (value >= ALIKE) == (name == "another seed")
+    if model is not None:
+        ours, noise = (faithfulness(model, images, maps) for maps in (heat, smooth_noise(images)))
+        found["deletion"], found["insertion"] = _margin(noise[0] - ours[0]), _margin(ours[1] - noise[1])
+    if lungs is not None:
+        rows = localisation(heat, lungs)
+        found["mass in lungs"] = _margin(rows["energy"] - rows["chance"])
+    if lesions is not None:
+        ours, blob = (localisation(maps, lesions)["average_precision"] for maps in (heat, centre_blob(images)))
+        found["finds the lesion"] = _margin(ours - blob)
+    return found
+
+
+def _margin(values):
+    mean, error = float(np.mean(values)), float(np.std(values) / np.sqrt(len(values)))
+    return mean, mean > 2 * error

@@ -114,3 +114,11 @@ def mass_inside(maps, fields):
     """
     total = maps.sum((1, 2))
     return np.divide((maps * fields).sum((1, 2)), total, out=np.full(len(total), np.nan), where=total > 0)
+
+
+def fields(run, size, *, epochs=20):
+    """Return the lung fields of all images of a run, bool `(n, size, size)`: exact of phantoms, else by `segment`."""
+    if run.synthetic:
+        return outlined(run.manifest, size)[1]
+    found, _ = segment(run, 64, epochs)
+    return np.stack([decode.fit(np.uint8(255 * one), size) > 127 for one in found])

@@ -112,11 +112,11 @@ def score_files(files, model, about, out):
     """
     out = pathlib.Path(out)
     done = _finished(out, about)
-    rows, features = [], deploy.features_of(model)
+    rows = []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 2) as pool:
         for start in tqdm.tqdm(range(0, len(files), CHUNK), "predict", unit=f" x {CHUNK} files", delay=3):
             part = files[start:start + CHUNK]
-            rows += _score_chunk(part, list(pool.map(_attempt, part)), model, features, about, out, done)
+            rows += _score_chunk(part, list(pool.map(_attempt, part)), model, about, out, done)
             ahead = set(map(str, files[start + CHUNK:])) if done else ()
             later = [row for (file, _), row in done.items() if file in ahead]
             _write_table(rows + later, about, out)
@@ -130,7 +130,7 @@ def _attempt(file):
         return str(error)
 
 
-def _score_chunk(files, found, model, features, about, out, done):
+def _score_chunk(files, found, model, about, out, done):
     rows = [dict.fromkeys(COLUMNS, "") | {"file": str(file)} for file in files]
     fresh = []
     for index, seen in enumerate(found):
@@ -143,10 +143,10 @@ def _score_chunk(files, found, model, features, about, out, done):
     if not fresh:
         return rows
     images = np.stack([decode.fit(found[index][1], about["image_size"]) for index in fresh])
-    scores = evaluate.round_scores(predict(model, images))
+    scores, features, heat = explain.explained(model, images)
+    scores = evaluate.round_scores(scores)
     calibrated = evaluate.apply_temperature(scores, about["temperature"])
-    distance = deploy.distance_to(np.asarray(features.predict_on_batch(images[..., None])), about["known"])
-    heat = explain.grad_cam(model, images)
+    distance = deploy.distance_to(features, about["known"])
     for place, index in enumerate(fresh):
         digest, pixels, warnings = found[index]
         warnings = warnings + _picture_warnings(images[place], pixels, distance[place], about)

@@ -23,7 +23,8 @@ from cxr import __version__, evaluate
 SCHEMA = 1
 PREDICTION_COLUMNS = ["image_id", "patient_id", "split", "y_true", "y_score"]
 # The code that decides what a smoke record holds. Presentation (plots, report, command line) may change without effect.
-_PRESENTATION = {"plots.py", "tables.py", "compare.py", "report.py", "__main__.py", "audit.py"}
+_PRESENTATION = {"plots.py", "trustplots.py", "tables.py", "compare.py", "report.py", "card.py", "__main__.py",
+                 "audit.py"}
 
 
 def write_atomic(path, content):

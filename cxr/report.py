@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from cxr import compare, evaluate, plots, records
+from cxr import compare, evaluate, plots, records, trust, trustplots
 from cxr.tables import (  # the one module whose names are passed on: a notebook needs `report` alone
     MIN_SEEDS,
     ReportError,
@@ -101,18 +101,27 @@ def p_text(p):
 
 def update_readme(path, *results_dirs):
     """Write the tables of the results folders between the markers of the README at `path`; the rest stays as it is."""
-    path = pathlib.Path(path)
-    begin, end = MARKERS
-    text, blocks = path.read_text(), []
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ReportError(f"{path} needs the lines {begin} and {end} once each, around the generated results.")
+    blocks = []
     for folder in results_dirs:
         loaded, threshold = load(folder), _named(folder).get("threshold", "sensitivity_95")
         data = loaded[0]["data"]
         rows = table(cohorts(loaded)[0], threshold=threshold)
         blocks.append("\n\n".join([f"### {data['source']}", *([f"**{SYNTHETIC}**"] if data["synthetic"] else []),
                                    answer(rows, *headline(folder, rows)), markdown_table(rows)]))
-    content = "\n\n".join([begin, *blocks, end])
+    rewrite(path, "\n\n".join(blocks))
+
+
+def rewrite(path, content):
+    """Put `content` between the markers of the text at `path`; the rest stays as it is.
+
+    Raises:
+        ReportError: the markers do not stand there once each.
+    """
+    path, (begin, end) = pathlib.Path(path), MARKERS
+    text = path.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ReportError(f"{path} needs the lines {begin} and {end} once each, around the generated results.")
+    content = f"{begin}\n\n{content}\n\n{end}"
     records.write_atomic(path, re.sub(f"{begin}.*?{end}", lambda _: content, text, flags=re.DOTALL))
 
 
@@ -224,6 +233,22 @@ def _headline_figures(runs, note, threshold):
     return found
 
 
+def _probes(loaded, group, note):
+    """What the probes hold against each probed model, the headline's group first, and one figure of them all."""
+    probed = sorted((run for run in loaded if "probes" in run),
+                    key=lambda run: (not run["config"]["probed"].startswith(group), run["config"]["probed"]))
+    if not probed:
+        return {}
+    names = {f"{run['config']['probed'][:2]} {run['variant']}": run for run in probed}
+    against = {name: trust.findings(run["probes"]).items() for name, run in names.items()}
+    rows = pd.DataFrame([{"model": name, "threshold": run["threshold"].replace("_", " "), "held against it": "; ".join(
+        f"{probe}: {why}" for probe, why in against[name]) or "nothing"} for name, run in names.items()])
+    figure = trustplots.probes({name: run["probes"] for name, run in list(names.items())[:6]}, synthetic=note)
+    return {"table": rows, "headline": probed[0]["config"]["probed"].startswith(group), "figure": _picture(
+        figure, "What each probe does at the frozen threshold; dotted: unchanged; right: from unchanged (small dot) to "
+                "changed (large dot).")}
+
+
 def _page(results_dir, loaded):
     """Everything the template shows, from checked records."""
     threshold = _named(results_dir).get("threshold", "sensitivity_95")
@@ -252,7 +277,8 @@ def _page(results_dir, loaded):
                                   "dots: single seeds; grey: no training at all; dotted line: chance."),
         "curves": _picture(plots.roc_and_precision_recall(pairs, thresholds=point, synthetic=note),
                            "Seed-averaged scores on test; the dot is the headline at its threshold."),
-        "figures": _headline_figures(runs, note, threshold), "operating": operating_table(runs), "sections": sections,
+        "probes": _probes(loaded, chosen, note), "figures": _headline_figures(runs, note, threshold),
+        "operating": operating_table(runs), "sections": sections,
         "negative": negative, "records": loaded, "num_groups": len(by_group(loaded)), "num_test": runs[0]["num_test"],
         "calibration": {key: np.mean([run["calibration"][key] for run in runs]) for key in runs[0]["calibration"]},
     }

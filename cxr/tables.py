@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pandas as pd
 
-from cxr import compare, evaluate, records
+from cxr import compare, evaluate, records, trust
 
 FIELDS = {"schema", "run_id", "notebook", "variant", "profile", "seed", "purpose", "data", "config", "environment",
           "metrics", "thresholds", "predictions"}
@@ -68,6 +68,17 @@ def _verify(record, frame, path, intervals):
             continue
         if "absent" in pair or not np.isclose(*pair, rtol=0, atol=TOLERANCE, equal_nan=True):
             raise ReportError(f"{path}: {name} is {pair[0]}, but its predictions give {pair[1]}.")
+    if "probes" in record:
+        _verify_probes(record, frame, path)
+
+
+def _verify_probes(record, frame, path):
+    cut = record["thresholds"][record["threshold"]]
+    for probe, found in trust.measure(frame, cut, num_resamples=0).items():
+        for number in ("auc", "sensitivity", "specificity"):
+            pair = record["probes"].get(probe, {}).get(number, {}).get("value", np.nan), found[number]["value"]
+            if not np.isclose(*pair, rtol=0, atol=TOLERANCE):
+                raise ReportError(f"{path}: {number} under {probe} is {pair[0]}, but its predictions give {pair[1]}.")
 
 
 def _leaves(value, name=""):
@@ -97,10 +108,13 @@ def threshold_of(record, threshold="sensitivity_95"):
 
 
 def cohorts(loaded):
-    """Return lists of records that share manifest and test set, the largest first: what may stand in one table."""
+    """Return lists of records that share manifest and test set, the largest first: what may stand in one table.
+
+    Records of probes are left out: they repeat the numbers of the runs that they probe.
+    """
     found = collections.defaultdict(list)
     for record in loaded:
-        if record["purpose"] != "generate":
+        if record["purpose"] != "generate" and "probes" not in record:
             found[record["data"]["manifest_sha256"], record["test_sha256"]].append(record)
     return sorted(found.values(), key=len, reverse=True)
 

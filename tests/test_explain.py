@@ -87,3 +87,24 @@ def test_a_network_without_feature_maps_is_refused():
     model = models.classifier(inputs, layers.Flatten()(layers.Reshape((64,))(inputs)), "flat")
     with pytest.raises(ValueError, match="needs a convolution"):
         explain._last_map(keras.Model(model.layers[1].output, model.output))
+
+
+def test_agreement_knows_equal_opposite_and_blank_maps():
+    maps = np.random.default_rng(0).random((2, 16, 16)).astype("float32")
+    np.testing.assert_allclose(explain.agreement(maps, maps), 1)
+    np.testing.assert_allclose(explain.agreement(maps, 1 - maps), -1, atol=1e-6)
+    assert (explain.agreement(maps, np.zeros_like(maps)) == 0).all()
+
+
+def test_checks_tell_a_true_map_from_one_that_ignores_the_model(blobs):
+    images, masks = blobs
+    model = blob_detector(20)
+    heat = explain.grad_cam(model, images)
+    noise = explain.smooth_noise(images)
+    true = explain.checks(heat, images, model=model, random_weights=noise, random_labels=noise, again=heat,
+                          lungs=masks, lesions=masks)
+    assert set(true) == set(explain.CRITERIA) and all(passed for _, passed in true.values()), true
+    blob = explain.centre_blob(images)
+    false = explain.checks(blob, images, model=model, random_weights=blob, random_labels=blob, lungs=masks)
+    assert not any(false[name][1] for name in ("random weights", "random labels", "mass in lungs")), false
+    assert false["deletion"][0] < true["deletion"][0] / 3 and "another seed" not in false

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import pickle
+import sys
 import zipfile
 
 import cv2
@@ -13,6 +14,7 @@ import pytest
 
 from cxr import __main__ as cli
 from cxr import config, deploy, models, phantom, predict, train
+from tests.test_data import dicom
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,8 @@ def test_a_killed_run_goes_on_without_scoring_again(lab, films, tmp_path, monkey
     files, out = predict.find_files([films]), tmp_path / "out"
     first = predict.score_files(files[:5], model, about, out)
     scored = []
-    monkeypatch.setattr(predict, "predict", lambda m, images: scored.append(len(images)) or train.predict(m, images))
+    explained = predict.explain.explained
+    monkeypatch.setattr(predict.explain, "explained", lambda m, x: scored.append(len(x)) or explained(m, x))
     again = predict.score_files(files, model, about, out)
     assert sum(scored) == 12 - (first["error"] == "").sum()
     assert again["probability"].astype(str).tolist()[:5] == first["probability"].astype(str).tolist()
@@ -151,3 +154,47 @@ def test_a_published_model_works_right_after_cloning(path, films, tmp_path):
     assert about["thresholds"] == record["thresholds"] and about["run_id"] == record["run_id"]
     table = predict.score_files(predict.find_files([films / "good0.jpeg"]), model, about, tmp_path)
     assert table["error"].eq("").all() and 0 <= float(table["probability"][0]) <= 1
+
+
+def test_a_dicom_of_a_hand_or_of_a_lateral_view_is_flagged_by_what_its_header_says(lab, tmp_path):
+    film = phantom.render(1, "normal", size=128).image
+    (tmp_path / "hand.dcm").write_bytes(dicom(film, bits=8, BodyPartExamined="HAND"))
+    (tmp_path / "lateral.dcm").write_bytes(dicom(film, bits=8, BodyPartExamined="CHEST", ViewPosition="LL"))
+    (tmp_path / "chest.dcm").write_bytes(dicom(film, bits=8, BodyPartExamined="CHEST", ViewPosition="PA"))
+    model, about = deploy.load(lab[2])
+    table = predict.score_files(predict.find_files([tmp_path]), model, about, tmp_path / "out")
+    warnings = dict(zip(["chest", "hand", "lateral"], table["warnings"], strict=True))
+    assert "HAND, not CHEST" in warnings["hand"] and "not frontal" in warnings["lateral"]
+    assert "says" not in warnings["chest"] and table["error"].eq("").all()
+    assert table["out_of_distribution"][[1, 2]].all()
+
+
+def test_two_hundred_mixed_files_are_all_accounted_for(lab, tmp_path, capsys):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    good = pathlib.Path(lab[0].manifest["path"].iloc[0]).read_bytes()
+    for number in range(200):
+        (folder / f"{number:03d}.jpeg").write_bytes(good if number % 3 else good[:100 + number])
+    assert cli.main(["predict", str(folder), "--model", str(lab[2]), "--out", str(tmp_path / "out")]) == 0
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv", keep_default_na=False)
+    assert len(table) == 200 and (table["error"] != "").sum() == 67
+    assert "200 files: 133 scored, 67 failed" in capsys.readouterr().out
+
+
+def test_onnx_gives_the_same_scores(lab, tmp_path, capsys):
+    runtime = pytest.importorskip("onnxruntime", reason="ONNX is an extra: pip install -r requirements-onnx.txt")
+    pytest.importorskip("tf2onnx", reason="ONNX is an extra: pip install -r requirements-onnx.txt")
+    run, _, path = lab
+    for suffix in (".keras", ".json"):
+        (tmp_path / f"m{suffix}").write_bytes(path.with_suffix(suffix).read_bytes())
+    assert cli.main(["export", "--model", str(tmp_path / "m.keras")]) == 0
+    session = runtime.InferenceSession(tmp_path / "m.onnx")
+    images = run.images(64)[:20]
+    found, = session.run(None, {session.get_inputs()[0].name: images[..., None].astype("float32")})
+    np.testing.assert_allclose(found[:, 0], train.predict(deploy.load(path)[0], images), atol=1e-5)
+
+
+def test_without_its_extra_export_says_what_to_install(lab, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tf2onnx", None)
+    assert cli.main(["export", "--model", str(lab[2])]) == 2
+    assert "requirements-onnx.txt" in capsys.readouterr().err
