@@ -35,11 +35,12 @@ RESULT = pathlib.Path(__file__).parent / "results" / "gan.json"
 BATCH = 32
 
 
-def torch_generator(widths, normalise):
+def torch_generator(widths, smooth):
     parts, width = [nn.Linear(gan.LATENT, 8 * 8 * 128), nn.Unflatten(1, (128, 8, 8))], 128
     for filters in widths:
-        parts += [nn.ConvTranspose2d(width, filters, 4, 2, 1, bias=not normalise)]
-        parts += [nn.BatchNorm2d(filters), nn.LeakyReLU(0.2)] if normalise else [nn.LeakyReLU(0.2)]
+        parts += [nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(width, filters, 3, padding=1, bias=False),
+                  nn.BatchNorm2d(filters)] if smooth else [nn.ConvTranspose2d(width, filters, 4, 2, 1)]
+        parts += [nn.LeakyReLU(0.2)]
         width = filters
     return nn.Sequential(*parts, nn.Conv2d(width, 1, 5, padding=2), nn.Tanh())
 
@@ -56,10 +57,10 @@ def torch_discriminator(convolutions, size, spectral):
 def torch_networks(name, size):
     doublings = int(np.log2(size // 8))
     if name == "seed_dcgan":
-        return (torch_generator([128] * doublings, normalise=False),
+        return (torch_generator([128] * doublings, smooth=False),
                 torch_discriminator([(128, 5, 1), *[(128, 5, 2)] * doublings], size, spectral=False))
-    return (torch_generator([32 << index for index in reversed(range(doublings))], normalise=True),
-            torch_discriminator([(min(256, 32 << index), 4, 2) for index in range(doublings)], size, spectral=True))
+    return (torch_generator([32 << index for index in reversed(range(doublings))], smooth=True),
+            torch_discriminator([(min(256, 64 << index), 4, 2) for index in range(doublings)], size, spectral=True))
 
 
 def torch_side(name, size, images, steps, half):

@@ -19,7 +19,7 @@ LATENT = 100
 
 def seed_generator(image_size=128):
     """Return study S4's generator: Dense 8·8·128, four transposed convolutions of 128, a 5×5 convolution, tanh."""
-    return _generator(image_size, (128,) * _doublings(image_size), normalise=False)
+    return _generator(image_size, (128,) * _doublings(image_size), smooth=False)
 
 
 def seed_discriminator(image_size=128):
@@ -33,15 +33,18 @@ def seed_discriminator(image_size=128):
 
 
 def lab_generator(image_size=128):
-    """Return the lab's generator: as the published one, 32 wide at the image and twice as wide at each halving."""
-    return _generator(image_size, [32 << index for index in reversed(range(_doublings(image_size)))], normalise=True)
+    """Return the lab's generator: 32 wide at the image and twice as wide at each halving, with batch normalisation.
+
+    It enlarges smoothly and then convolves, which draws no chequers (Odena et al. 2016).
+    """
+    return _generator(image_size, [32 << index for index in reversed(range(_doublings(image_size)))], smooth=True)
 
 
 def lab_discriminator(image_size=128):
     """Return the lab's discriminator: strided convolutions under spectral normalisation (Miyato et al. 2018)."""
     inputs = x = keras.Input((image_size, image_size, 1))
     for index in range(_doublings(image_size)):
-        x = layers.SpectralNormalization(layers.Conv2D(min(256, 32 << index), 4, strides=2, padding="same"))(x)
+        x = layers.SpectralNormalization(layers.Conv2D(min(256, 64 << index), 4, strides=2, padding="same"))(x)
         x = layers.LeakyReLU(0.2)(x)
     x = layers.SpectralNormalization(layers.Dense(1))(layers.Flatten()(x))
     return keras.Model(inputs, layers.Activation("linear", dtype="float32")(x), name="discriminator")
@@ -54,12 +57,15 @@ def _doublings(image_size):
     return doublings
 
 
-def _generator(image_size, widths, normalise):
+def _generator(image_size, widths, smooth):
     inputs = keras.Input((LATENT,))
     x = layers.Reshape((8, 8, 128))(layers.Dense(8 * 8 * 128)(inputs))
     for filters in widths:
-        x = layers.Conv2DTranspose(filters, 4, strides=2, padding="same", use_bias=not normalise)(x)
-        x = layers.BatchNormalization(momentum=0.9)(x) if normalise else x
+        if smooth:
+            x = layers.UpSampling2D(interpolation="bilinear")(x)
+            x = layers.BatchNormalization(momentum=0.9)(layers.Conv2D(filters, 3, padding="same", use_bias=False)(x))
+        else:
+            x = layers.Conv2DTranspose(filters, 4, strides=2, padding="same")(x)
         x = layers.LeakyReLU(0.2)(x)
     return keras.Model(inputs, layers.Conv2D(1, 5, padding="same", activation="tanh", dtype="float32")(x),
                        name="generator")
