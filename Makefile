@@ -81,7 +81,7 @@ $(TRUST): $(filter-out $(TRUST) $(REPORT),$(EXECUTED))
 
 # Other parameters are another run: this file changes only when they do.
 $(RUN)/.parameters: FORCE
-	@for part in $(filter-out phantom kaggle pneumoniamnist,$(subst :,$(space),$(DATA))); do test -e "$$part" || \
+	@for part in $(filter-out phantom phantom_covid kaggle pneumoniamnist,$(subst :,$(space),$(DATA))); do test -e "$$part" || \
 	  { echo "DATA: $$part does not exist. Expected phantom, kaggle, pneumoniamnist or a folder, or several joined by ':'" >&2; exit 2; }; done
 	@mkdir -p $(@D)
 	@echo '$(PARAMETERS)' | cmp -s - $@ || echo '$(PARAMETERS)' > $@

@@ -25,6 +25,7 @@ class Profile:
         max_image_size: largest image side in pixels, or `None`.
         max_epochs: largest number of epochs, or `None`.
         grid_share: part of both caps that a cell of a wide comparison gets.
+        max_points: largest number of points of a sweep, or `None`.
         image_size, epochs: override of every recipe, or `None`.
     """
 
@@ -35,6 +36,7 @@ class Profile:
     max_image_size: int | None = None
     max_epochs: int | None = None
     grid_share: float = 1.0
+    max_points: int | None = None
     image_size: int | None = None
     epochs: int | None = None
 
@@ -46,7 +48,7 @@ class Profile:
 
 PROFILES = {
     "smoke": Profile("smoke", num_seeds=2, num_grid_seeds=1, strict=True, max_image_size=64, max_epochs=6,
-                     grid_share=0.5),
+                     grid_share=0.5, max_points=1),
     "full": Profile("full", num_seeds=5, num_grid_seeds=3, strict=False),
 }
 
@@ -57,7 +59,8 @@ def run_directory(profile, source):
     return root() / "runs" / f"{profile}-{'+'.join(names)}"
 
 
-def start(notebook, *, profile="smoke", data="phantom", seed=0, num_seeds=None, image_size=None, epochs=None):
+def start(notebook, *, profile="smoke", data="phantom", seed=0, num_seeds=None, image_size=None, epochs=None,
+          needs=None):
     """Seed NumPy and Keras, resolve and split the data, and return the `records.Run` of this notebook.
 
     Args:
@@ -66,6 +69,7 @@ def start(notebook, *, profile="smoke", data="phantom", seed=0, num_seeds=None, 
         data: `phantom`, `kaggle`, `pneumoniamnist`, a folder, or several joined with `:`.
         seed: first seed.
         num_seeds, image_size, epochs: overrides of the profile, `None` to keep it.
+        needs: a class beside the usual two, `COVID19`; `phantom` is then the one that has it.
 
     Raises:
         ValueError: unknown profile, or data that cannot be used (the message says what to do).
@@ -79,9 +83,13 @@ def start(notebook, *, profile="smoke", data="phantom", seed=0, num_seeds=None, 
     if source not in loader.SOURCES:  # a path given from the repository root must also hold inside notebooks/
         source = ":".join(part if part in loader.SOURCES or pathlib.Path(part).is_absolute() else str(root() / part)
                           for part in source.split(":"))
-    official = loader.load_manifest(source, cache_dir=cache)
+    official = loader.load_manifest("phantom_covid" if needs and source == "phantom" else source, cache_dir=cache)
+    if needs and needs not in set(official["label"]):
+        raise ValueError(f"{data} has no images of {needs}, which {notebook} needs. Join a folder that has, such as "
+                         f"DATA={data}:path/to/{needs.lower()}.")
+    assign = splits.assign if official["split"].eq("test").any() else splits.assign_pooled
     counts = [num_seeds or count for count in (chosen.num_seeds, chosen.num_grid_seeds)]
     run = records.Run(notebook, chosen, run_directory(profile, data), cache, official,
-                       splits.assign(official, seed=0), *(list(range(seed, seed + count)) for count in counts))
+                       assign(official, seed=0), *(list(range(seed, seed + count)) for count in counts))
     run.set_aside_stale()
     return run

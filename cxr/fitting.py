@@ -279,6 +279,24 @@ def jit_compile():
     return False if keras.backend.backend() == "tensorflow" and on_cpu() else "auto"
 
 
+def precision():
+    """Return the dtype policy that pays: bfloat16 where the device multiplies it in hardware, else float32.
+
+    Weights stay float32 either way. A processor without AMX is many times slower in bfloat16.
+    """
+    flags = pathlib.Path("/proc/cpuinfo")
+    amx = keras.backend.backend() == "tensorflow" and flags.is_file() and "amx_bf16" in flags.read_text()
+    return "mixed_bfloat16" if amx or not on_cpu() else "float32"
+
+
+def start_fresh(seed):
+    """Forget earlier models, seed Python, NumPy and Keras, and keep the dtype policy, which Keras would forget too."""
+    policy = keras.config.dtype_policy()
+    keras.utils.clear_session()
+    keras.config.set_dtype_policy(policy)
+    keras.utils.set_random_seed(seed)
+
+
 def _compile(model, recipe, labels, steps):
     rate = recipe.learning_rate
     if recipe.schedule == "cosine":

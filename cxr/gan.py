@@ -5,11 +5,12 @@ with its weights held fixed, so that one optimizer serves both. Images are uint8
 """
 
 import pathlib
+import tempfile
 
 import keras
 import numpy as np
 from keras import layers, ops
-from sklearn import neighbors
+from sklearn import metrics, neighbors
 
 from cxr.fitting import Batches, back_up, jit_compile, restore, save_atomic
 
@@ -18,7 +19,7 @@ LATENT = 100
 
 def seed_generator(image_size=128):
     """Return study S4's generator: Dense 8·8·128, four transposed convolutions of 128, a 5×5 convolution, tanh."""
-    return _generator(image_size, (128,) * _doublings(image_size), normalise=False)
+    return _generator(image_size, (128,) * _doublings(image_size), smooth=False)
 
 
 def seed_discriminator(image_size=128):
@@ -32,16 +33,18 @@ def seed_discriminator(image_size=128):
 
 
 def lab_generator(image_size=128):
-    """Return the lab's generator: as the published one, narrower towards the image, with batch normalisation."""
-    widths = [256 >> index for index in range(_doublings(image_size))]
-    return _generator(image_size, [max(32, width) for width in widths], normalise=True)
+    """Return the lab's generator: 32 wide at the image and twice as wide at each halving, with batch normalisation.
+
+    It enlarges smoothly and then convolves, which draws no chequers (Odena et al. 2016).
+    """
+    return _generator(image_size, [32 << index for index in reversed(range(_doublings(image_size)))], smooth=True)
 
 
 def lab_discriminator(image_size=128):
     """Return the lab's discriminator: strided convolutions under spectral normalisation (Miyato et al. 2018)."""
     inputs = x = keras.Input((image_size, image_size, 1))
     for index in range(_doublings(image_size)):
-        x = layers.SpectralNormalization(layers.Conv2D(min(256, 32 << index), 4, strides=2, padding="same"))(x)
+        x = layers.SpectralNormalization(layers.Conv2D(min(256, 64 << index), 4, strides=2, padding="same"))(x)
         x = layers.LeakyReLU(0.2)(x)
     x = layers.SpectralNormalization(layers.Dense(1))(layers.Flatten()(x))
     return keras.Model(inputs, layers.Activation("linear", dtype="float32")(x), name="discriminator")
@@ -54,15 +57,30 @@ def _doublings(image_size):
     return doublings
 
 
-def _generator(image_size, widths, normalise):
+def _generator(image_size, widths, smooth):
     inputs = keras.Input((LATENT,))
     x = layers.Reshape((8, 8, 128))(layers.Dense(8 * 8 * 128)(inputs))
     for filters in widths:
-        x = layers.Conv2DTranspose(filters, 4, strides=2, padding="same", use_bias=not normalise)(x)
-        x = layers.BatchNormalization(momentum=0.9)(x) if normalise else x
+        if smooth:
+            x = layers.UpSampling2D(interpolation="bilinear")(x)
+            x = layers.BatchNormalization(momentum=0.9)(layers.Conv2D(filters, 3, padding="same", use_bias=False)(x))
+        else:
+            x = layers.Conv2DTranspose(filters, 4, strides=2, padding="same")(x)
         x = layers.LeakyReLU(0.2)(x)
     return keras.Model(inputs, layers.Conv2D(1, 5, padding="same", activation="tanh", dtype="float32")(x),
                        name="generator")
+
+
+def seed_dcgan(image_size=128, seed=None):
+    """Return study S4's GAN with its fault: images in [0, 1] against a generator that ends in tanh, from -1 to 1."""
+    return GAN(seed_generator(image_size), seed_discriminator(image_size), low=0.0, noise_seed=seed)
+
+
+def lab_dcgan(image_size=128, seed=None):
+    """Return the lab's GAN: images in [-1, 1], spectral normalisation, and the discriminator's view moved about."""
+    view = [layers.RandomTranslation(0.1, 0.1, fill_mode="constant", fill_value=-1.0, seed=seed, dtype="float32"),
+            layers.RandomBrightness(0.1, value_range=(-1, 1), seed=seed, dtype="float32")]
+    return GAN(lab_generator(image_size), lab_discriminator(image_size), view, noise_seed=seed)
 
 
 @keras.saving.register_keras_serializable("cxr")
@@ -162,13 +180,17 @@ def fit(model, images, *, epochs, seed, folder, batch_size=64, learning_rate=2e-
         Per-epoch losses, and the film: uint8 `(pictures, 16, size, size)` of the same sixteen codes.
 
     Raises:
-        ValueError: fewer images than a batch, or constant ones.
+        ValueError: fewer images than a batch, one image, or constant ones.
+        PermissionError: `folder` cannot be written.
         GANError: a loss that is not a number, or all fakes alike.
     """
     if len(images) < batch_size:
         raise ValueError(f"{len(images)} real images are fewer than a batch of {batch_size}: take a smaller batch.")
+    if len(images) < 2:
+        raise ValueError("A GAN needs at least two real images; got one, of which it could only make copies.")
     if images.std((1, 2)).max() < 1:
         raise ValueError("All images are constant: there is nothing to draw. Check how they were decoded.")
+    _check_writable(folder)
     codes = np.random.default_rng(seed).normal(size=(16, LATENT)).astype("float32")
     progress = _Progress(folder, every, codes)
     batches = Batches(images, np.zeros(len(images)), batch_size, seed)
@@ -182,7 +204,31 @@ def fit(model, images, *, epochs, seed, folder, batch_size=64, learning_rate=2e-
         model.fit(batches, epochs=epochs, initial_epoch=epoch, callbacks=[progress], verbose=2, shuffle=False)
     if average is not None:
         model.optimizer.finalize_variable_values(model.trainable_variables)
+        _settle(model.generator, codes)
     return progress.history, np.stack(progress.film)
+
+
+def _check_writable(folder):
+    try:
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise PermissionError(f"{folder}: samples and backups cannot be written there ({error.strerror}). Expected a "
+                              "writable folder; mend its permissions, or free space on the disk.") from error
+
+
+def _settle(generator, codes, passes=20):
+    """Let batch normalisation meet the averaged weights, whose statistics it has never seen."""
+    rng = np.random.default_rng(0)
+    for _ in range(passes):
+        generator(rng.normal(size=(64, codes.shape[1])).astype("float32"), training=True)
+
+
+def contact_sheets(film, columns=4):
+    """Return each picture of a film as one sheet: uint8 `(n, k, size, size)` to `(n, rows * size, columns * size)`."""
+    n, count, size, _ = film.shape
+    return film.reshape(n, count // columns, columns, size, size).swapaxes(2, 3).reshape(
+        n, count // columns * size, columns * size)
 
 
 def sample(generator, count=None, *, seed=0, codes=None):
@@ -228,3 +274,20 @@ def memorisation(train, held_out, fake):
     nearest = neighbors.NearestNeighbors(n_neighbors=1).fit(train)
     near = [np.median(nearest.kneighbors(rows)[0]) for rows in (fake, held_out)]
     return float(near[0] / near[1])
+
+
+def fid(real, fake):
+    """Return the Fréchet distance of two sets of features as Gaussians; it shrinks with n, so state n beside it.
+
+    Source: Heusel et al. 2017.
+    """
+    (mean, cov), (other, other_cov) = ((rows.mean(0), np.cov(rows, rowvar=False)) for rows in (real, fake))
+    root = np.sqrt(np.clip(np.linalg.eigvals(cov @ other_cov).real, 0, None)).sum()
+    return float(((mean - other) ** 2).sum() + np.trace(cov) + np.trace(other_cov) - 2 * root)
+
+
+def spread(real, fake):
+    """Return the mean distance between two fakes over that between two reals: 1 as varied, 0 all alike."""
+    across = [metrics.pairwise_distances(rows[:500])[np.triu_indices(min(500, len(rows)), 1)].mean()
+              for rows in (fake, real)]
+    return float(across[0] / across[1])

@@ -1,5 +1,6 @@
 """Lung fields: outlined by hand for a part of the images, by a small U-Net for the rest."""
 
+import dataclasses
 import os
 import pathlib
 
@@ -49,7 +50,8 @@ def network(run, size, epochs, seed=0, *, normals_only=False):
     rows, masks = outlined(run.manifest, size)
     some = run.manifest.iloc[rows]
     known = ((some["split"] == "train") & (~np.bool_(normals_only) | (some["label"] == "NORMAL"))).to_numpy()
-    return anomaly.trained(run, f"lungs-{size}-{epochs}{'-normals' * normals_only}", seed,
+    shared = dataclasses.replace(run, notebook="lungs")  # every notebook loads the same
+    return anomaly.trained(shared, f"{size}-{epochs}{'-normals' * normals_only}", seed,
                            lambda: autoencoder.segmenter(size, augment.exposure_and_sharpness()),
                            lambda model: autoencoder.fit(model, run.images(size)[rows[known]], masks[known],
                                                          epochs=epochs, seed=seed))
@@ -117,8 +119,8 @@ def mass_inside(maps, fields):
 
 
 def fields(run, size, *, epochs=20):
-    """Return the lung fields of all images of a run, bool `(n, size, size)`: exact of phantoms, else by `segment`."""
+    """Return the lung fields of all images of a run, bool `(n, size, size)`: exact of phantoms, else by `network`."""
     if run.synthetic:
         return outlined(run.manifest, size)[1]
-    found, _ = segment(run, 64, epochs)
+    found = autoencoder.apply(network(run, 64, epochs), run.images(64))
     return np.stack([decode.fit(np.uint8(255 * one), size) > 127 for one in found])

@@ -78,6 +78,20 @@ def seed_cnn(image_size=180, augmentation=()):
     return classifier(inputs, x, "seed_cnn")
 
 
+def s4_cnn(image_size=128, augmentation=()):
+    """Return study S4's CNN: convolutions of 32, 64, 128, 128 with three poolings, Dense 128 and 64, 4.44 M parameters.
+
+    The study's picture of it is lost; kernels of 3 and same padding give the number of parameters that it reports.
+    """
+    inputs, x = image_input(image_size, augmentation)
+    for filters in (32, 64, 128):
+        x = layers.MaxPooling2D()(layers.Conv2D(filters, 3, padding="same", activation="relu")(x))
+    x = layers.Flatten()(layers.Conv2D(128, 3, padding="same", activation="relu")(x))
+    for units in (128, 64):
+        x = layers.Dense(units, activation="relu")(x)
+    return classifier(inputs, x, "s4_cnn")
+
+
 def _conv(x, filters, kernel=3, strides=1, activation=True, momentum=0.9):
     """Return convolution, batch normalisation and (unless told otherwise) ReLU.
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 
 import pandas as pd
+import PIL.Image
 
 from cxr import __version__, evaluate
 
@@ -67,6 +68,7 @@ def environment():
 
         devices = keras.distribution.list_devices()
         about |= {"keras": keras.__version__, "backend": keras.backend.backend(),
+                  "precision": keras.config.dtype_policy().name,
                   "device": devices[0].split(":")[0] if devices else "cpu"}
     return about
 
@@ -166,6 +168,10 @@ class Run:
         """
         return {name: self.profile.cap(name, value, grid=grid) for name, value in recipe.items()}
 
+    def sweep(self, values):
+        """Return the points of a sweep that the profile has time for."""
+        return list(values)[:self.profile.max_points]
+
     def run_id(self, variant, config, seed, manifest=None):
         """Return `<notebook>-<config8>-s<seed>`; the eight digits hash notebook, variant, data and configuration."""
         data = fingerprint(self.manifest if manifest is None else manifest)
@@ -232,9 +238,19 @@ class Run:
 
         A figure that shows pixels of real X-rays goes to a folder that `make publish` never copies.
         """
-        folder = self.directory / "figures" / ("private" if pixels and not self.synthetic else "")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
-        path = folder / f"{self.notebook}__{name}.png"
+        return self._write_figure(f"{name}.png", buffer, pixels)
+
+    def save_animation(self, frames, name, *, pixels=False, milliseconds=250):
+        """Write grey `frames` (uint8 `(n, height, width)`) as `<notebook>__<name>.gif`, as `save_figure` does."""
+        first, *others = map(PIL.Image.fromarray, frames)
+        buffer = io.BytesIO()
+        first.save(buffer, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
+        return self._write_figure(f"{name}.gif", buffer, pixels)
+
+    def _write_figure(self, name, buffer, pixels):
+        folder = self.directory / "figures" / ("private" if pixels and not self.synthetic else "")
+        path = folder / f"{self.notebook}__{name}"
         write_atomic(path, buffer.getvalue())
         return path

@@ -18,7 +18,8 @@ JUNK = {"thumbs.db", "desktop.ini", "__macosx", "masks"}  # and whatever starts 
 _KERMANY = "Kermany et al. 2018, Cell 172(5), doi:10.1016/j.cell.2018.02.010"
 _TEST = {"NORMAL": 234, "PNEUMONIA": 390}
 SOURCES = {
-    "phantom": {"licence": "MIT", "citation": "drawn by cxr.phantom", "url": None, "counts": None},
+    **dict.fromkeys(("phantom", "phantom_covid"),
+                    {"licence": "MIT", "citation": "drawn by cxr.phantom", "url": None, "counts": None}),
     "chest_xray": {
         "licence": "CC BY 4.0", "citation": _KERMANY, "url": "https://data.mendeley.com/datasets/rscbjbr9sj/2",
         "kaggle": "paultimothymooney/chest-xray-pneumonia",
@@ -60,10 +61,10 @@ def find(source):
     """
     if source == "pneumoniamnist" or source.endswith(".npz"):
         return _archive(_mnist() if source == "pneumoniamnist" else _existing(source))
-    folder = {"phantom": _phantom, "kaggle": _kaggle}.get(source, lambda: _existing(source))()
-    files, about = _folder(folder)
-    if source in ("phantom", "kaggle"):
-        about |= {"source": {"phantom": "phantom", "kaggle": "chest_xray"}[source], "strict": source == "kaggle"}
+    drawn = {"phantom": _phantom, "phantom_covid": lambda: _phantom(covid=150), "kaggle": _kaggle}
+    files, about = _folder(drawn.get(source, lambda: _existing(source))())
+    if source in drawn:
+        about |= {"source": "chest_xray" if source == "kaggle" else "phantom", "strict": source == "kaggle"}
     return files, about
 
 
@@ -173,11 +174,12 @@ def _kaggle():
             f"or get {card['url']} by hand and give its folder, or use phantom.") from error
 
 
-def _phantom():
-    """Return the folder of the default phantom set, drawn when it is not there yet."""
+def _phantom(**other):
+    """Return the folder of the default phantom set, or of one with `other` knobs, drawn when it is not there yet."""
     from cxr import phantom
 
-    knobs = sorted((name, knob.default) for name, knob in inspect.signature(phantom.write).parameters.items())
+    knobs = sorted((name, other.get(name, knob.default))
+                   for name, knob in inspect.signature(phantom.write).parameters.items())
     folder = root() / "data" / f"phantom-{hashlib.sha256(repr(knobs).encode()).hexdigest()[:8]}"
-    phantom.write(folder)
+    phantom.write(folder, **other)
     return folder

@@ -71,6 +71,31 @@ def assign(manifest, seed=0, val_fraction=0.12):
     return frame
 
 
+def assign_pooled(manifest, seed=0, test_fraction=0.2, val_fraction=0.12):
+    """Return a copy in which test, too, is drawn by patient, for sets without a test folder of their own.
+
+    Copies and pictures with two labels are dropped first. `test_fraction`: share of the images, in (0, 1); the other
+    arguments and the errors are those of `assign`.
+    """
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction is {test_fraction}; expected a share between 0 and 1, such as 0.2.")
+    frame = manifest.sort_values("image_id", ignore_index=True)
+    frame.loc[frame["label"].ne(""), "split"] = "train"
+    pool = frame[frame["split"].eq("train") & ~frame["pixel_sha256"].isin(conflicts(frame))]
+    pool = pool[~pool.duplicated("pixel_sha256")]
+    frame.loc[pool.index[pool["patient_id"].isin(_draw_patients(pool, seed + 1, test_fraction))], "split"] = "test"
+    return assign(frame, seed, val_fraction)
+
+
+def tie(manifest, pairs):
+    """Return a copy in which the patients of each pair of `image_id`s are one: two copies of a film are one chest."""
+    frame = manifest.copy()
+    patient = frame.set_index("image_id")["patient_id"]
+    for first, second in pairs:
+        patient[patient == patient[second]] = patient[first]
+    return frame.assign(patient_id=patient.to_numpy())
+
+
 def _mark_test(manifest, val_fraction):
     """Pool official val with train, drop pictures with two labels, and set copies within test apart."""
     if not 0 < val_fraction < 1:

@@ -9,14 +9,15 @@ import numpy as np
 import pandas as pd
 
 from cxr import augment, transfer
-from cxr.fitting import Recipe, fit, on_cpu, predict, save_atomic
+from cxr.fitting import Recipe, fit, on_cpu, predict, save_atomic, start_fresh
 
 __all__ = ["Recipe", "fit", "labels_of", "load_model", "on_cpu", "predict", "predictions", "repeat", "rescore"]
 
 
 def labels_of(manifest):
-    """Return int `(n,)`: 1 where the label is anything but `NORMAL`."""
-    return (manifest["label"] != "NORMAL").to_numpy().astype(int)
+    """Return int `(n,)`: 1 where the label is anything but `NORMAL`, or is the class that `attrs["positive"]` names."""
+    positive = manifest.attrs.get("positive")
+    return (manifest["label"].eq(positive) if positive else manifest["label"].ne("NORMAL")).to_numpy().astype(int)
 
 
 def predictions(model, manifest, images, shifted=None):
@@ -71,8 +72,7 @@ def _train_one(run, variant, recipe, build, seed, *, images, manifest, extra, or
         watched["shifted"] = shifted[0], parts["val"][1][shifted[1]]
     if oracle:
         watched["oracle_test"] = parts["test"]
-    keras.utils.clear_session()
-    keras.utils.set_random_seed(seed)  # the initial weights and dropout of this run
+    start_fresh(seed)  # the initial weights and dropout of this run
     model = build(recipe.image_size, augment.stack(recipe.augment))
     folder = run.directory / "cache" / "backup" / run_id
     ready = time.monotonic()

@@ -146,6 +146,24 @@ def test_phantom_by_word_and_by_path_is_synthetic(tmp_path, cache, monkeypatch):
     assert by_path["sha256"].tolist() == manifest["sha256"].tolist()
 
 
+def test_phantom_covid_has_a_third_class_and_the_name_of_the_phantom(tmp_path, cache, monkeypatch):
+    from cxr import phantom
+
+    write = phantom.write
+
+    def few(directory, *, num_train=24, num_val=4, num_test=8, size=64, duplicates=0, near_duplicates=0, covid=0):
+        return write(directory, num_train=num_train, num_val=num_val, num_test=num_test, size=size,
+                     duplicates=duplicates, near_duplicates=near_duplicates, covid=min(covid, 10))
+
+    monkeypatch.setattr(phantom, "write", few)
+    monkeypatch.setenv("CXR_ROOT", str(tmp_path))
+    manifest = data.load_manifest("phantom_covid", cache_dir=cache)
+    assert manifest.attrs["source"] == "phantom" and manifest.attrs["synthetic"] is True
+    assert manifest["label"].value_counts()["COVID19"] == 10
+    assert "COVID19" not in set(data.load_manifest("phantom", cache_dir=cache)["label"])
+    assert len(list((tmp_path / "data").iterdir())) == 2
+
+
 def archive(path, **changes):
     rng = np.random.default_rng(0)
     arrays = {}

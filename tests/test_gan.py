@@ -59,19 +59,28 @@ def test_training_draws_something_like_the_images(tmp_path):
 
 
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path):
-    images, films = blobs(), []
+    images, films, fakes = blobs(), [], []
     for name, stops in (("whole", [4]), ("killed", [2, 4])):
         for epochs in stops:
-            model = lab()
-            _, film = gan.fit(model, images, epochs=epochs, seed=0, folder=tmp_path / name, batch_size=32, every=2)
+            keras.utils.set_random_seed(0)
+            model = gan.lab_dcgan(16, 0)  # with its random view and its moving average
+            _, film = gan.fit(model, images, epochs=epochs, seed=0, folder=tmp_path / name, batch_size=32, every=2,
+                              average=0.9)
         films.append(film)
+        fakes.append(gan.sample(model.generator, 8))
     assert films[0].shape == films[1].shape == (2, 16, 16, 16)
-    np.testing.assert_allclose(films[0].astype(int), films[1].astype(int), atol=1)
+    for one, other in (films, fakes):
+        np.testing.assert_allclose(one.astype(int), other.astype(int), atol=1)
 
 
 def test_trouble_stops_with_a_reason(tmp_path):
     with pytest.raises(ValueError, match="fewer than a batch"):
         gan.fit(lab(), blobs(8), epochs=1, seed=0, folder=tmp_path, batch_size=32)
+    with pytest.raises(ValueError, match="at least two real images"):
+        gan.fit(lab(), blobs(1), epochs=1, seed=0, folder=tmp_path, batch_size=1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PermissionError, match="file.*cannot be written"):
+        gan.fit(lab(), blobs(), epochs=1, seed=0, folder=tmp_path / "file" / "backup", batch_size=32)
     with pytest.raises(ValueError, match="constant"):
         gan.fit(lab(), np.full((64, 16, 16), 7, "uint8"), epochs=1, seed=0, folder=tmp_path, batch_size=32)
     with pytest.raises(gan.GANError, match="not a number"):
@@ -83,6 +92,8 @@ def test_measures_know_equal_sets_copies_and_strangers():
     a, b, far = rng.normal(size=(300, 8)), rng.normal(size=(300, 8)), rng.normal(4, size=(300, 8))
     value, error = gan.kid(a, b)
     assert abs(value) < 4 * error + 0.05 < gan.kid(a, far)[0]
+    assert gan.fid(a, b) < 1 < 50 < gan.fid(a, far)
+    assert gan.spread(a, b) == pytest.approx(1, abs=0.1) and gan.spread(a, a / 10) == pytest.approx(0.1)
     density, coverage = gan.density_and_coverage(a, b)
     assert density > 0.7 and coverage > 0.8
     assert gan.density_and_coverage(a, far) == (0.0, 0.0)

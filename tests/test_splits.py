@@ -152,6 +152,42 @@ def test_official_validation_is_pooled_and_unlabelled_images_stay_apart():
     assert collections.Counter(frame["split"])["train"] + collections.Counter(frame["split"])["val"] == 25
 
 
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(manifests(), st.integers(0, 1000), st.floats(0.1, 0.4))
+def test_a_pooled_test_shares_no_patient_and_has_every_class(manifest, seed, fraction):
+    usable(manifest)
+    frame = splits.assign_pooled(manifest, seed=seed, test_fraction=fraction)
+    whole = frame[frame["split"].isin(["train", "val", "test"])]
+    assert whole.groupby("patient_id")["split"].nunique().max() == 1
+    assert not whole.duplicated("pixel_sha256").any() and "test_duplicate" not in set(frame["split"])
+    assert (whole.groupby("label")["split"].nunique() == 3).all()
+    for _, part in whole.groupby(["label", "etiology"]):
+        largest = part.groupby("patient_id").size().max()
+        assert abs(part["split"].eq("test").sum() - fraction * len(part)) <= largest or part["patient_id"].nunique() < 3
+
+
+def test_a_pooled_test_forgets_the_folders_and_not_the_unlabelled():
+    manifest = manifest_of([*plain(20), ("file/x", "unknown", "pred", "p")])
+    manifest.loc[manifest["split"].eq("pred"), "label"] = ""
+    frame = splits.assign_pooled(manifest)
+    other = manifest.assign(split=manifest["split"].replace({"test": "train"}))
+    assert frame["split"].tolist() == splits.assign_pooled(other)["split"].tolist()
+    assert frame["split"].eq("pred").sum() == 1
+    with pytest.raises(ValueError, match="test_fraction is 1"):
+        splits.assign_pooled(manifest, test_fraction=1)
+
+
+def test_films_that_are_one_tie_their_patients():
+    manifest = manifest_of(plain(3))
+    names = manifest["image_id"].tolist()
+    patients = dict(zip(names, manifest["patient_id"], strict=True))
+    tied = splits.tie(manifest, [(names[0], names[2]), (names[2], names[4])]).set_index("image_id")["patient_id"]
+    assert tied[names[0]] == tied[names[2]] == tied[names[4]]
+    before = {patients[names[k]] for k in (0, 2, 4)}
+    assert all(tied[name] == tied[names[0]] for name in names if patients[name] in before), "with all their films"
+    assert manifest["patient_id"].tolist() == list(patients.values())
+
+
 def test_attributes_travel_with_the_split():
     manifest = manifest_of(plain())
     manifest.attrs = {"source": "set", "synthetic": True}
