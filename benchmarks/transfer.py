@@ -4,7 +4,7 @@ Both sides train the same MobileNetV2 from the same weights for ten epochs, with
 each epoch, from building the network to the last score; each side in a process of its own, in turns, and the median
 turn counts. Weights are random, so no network is needed: speed does not depend on them. The losses must agree.
 
-    python benchmarks/transfer.py [--images 1200] [--turns 3]
+    python benchmarks/transfer.py [--images 3000] [--turns 1]
 """
 
 import argparse
@@ -24,7 +24,7 @@ import numpy as np
 from cxr import records
 
 RESULT = pathlib.Path(__file__).parent / "results" / "transfer.json"
-SIZE, EPOCHS, VALIDATION = 96, 10, 0.15
+SIZE, EPOCHS, VALIDATION = 160, 10, 0.15
 
 
 def train(strategy, stored, count):
@@ -57,7 +57,7 @@ def in_a_process(*arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("images", 1200), ("turns", 3)):
+    for name, default in (("images", 3000), ("turns", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -239,7 +239,7 @@ def confusion_matrix(y_true, decision, *, names=("normal", "pneumonia"), title="
 @_styled
 def reliability(y_true, probabilities):
     """Show observed against predicted share of pneumonia; `probabilities`: dict label -> float `(n,)` in [0, 1]."""
-    figure, axis = plt.subplots(figsize=(4.6, 4.3))
+    figure, axis = plt.subplots(figsize=(4.6, 4.9))
     axis.plot([0, 1], [0, 1], color=FAINT, lw=1, ls=":")
     for label, probability in probabilities.items():
         predicted, observed, count = evaluate.reliability_curve(y_true, probability)
@@ -247,7 +247,7 @@ def reliability(y_true, probabilities):
         line, = axis.plot(predicted, observed, label=f"{label} (ECE {error:.3f})")
         axis.scatter(predicted, observed, s=12 + 250 * count / count.sum(), color=line.get_color(), alpha=0.6)
     axis.set(xlabel="predicted probability", ylabel="observed share of pneumonia", aspect="equal")
-    axis.legend(loc="upper left")
+    figure.legend(loc="outside lower center")  # no corner is sure to be free
     return figure
 
 
