@@ -18,12 +18,12 @@ HERE = pathlib.Path(__file__).parent
 
 
 def smaller(encoded):
-    """Return `{mime type: base64}` of a PNG at most 760 pixels across: 40 colours, or JPEG if that is less."""
+    """Return `{mime type: base64}` of a PNG at most 760 pixels across: 32 colours, or JPEG if that is less."""
     image = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
     image.thumbnail((760, 2000), Image.Resampling.LANCZOS)
     png, jpeg = io.BytesIO(), io.BytesIO()
-    image.quantize(40, dither=Image.Dither.NONE).save(png, "PNG", optimize=True)
-    image.save(jpeg, "JPEG", quality=60)
+    image.quantize(32, dither=Image.Dither.NONE).save(png, "PNG", optimize=True)
+    image.save(jpeg, "JPEG", quality=50)
     mime, buffer = ("image/jpeg", jpeg) if jpeg.tell() < png.tell() else ("image/png", png)
     return {mime: base64.b64encode(buffer.getvalue()).decode()}
 
