@@ -81,6 +81,7 @@ def test_an_image_without_lungs_gets_a_score():
     assert empty.tolist() == [[0, 0]]
 
 
+@pytest.mark.real
 def test_the_real_outlines_fit_the_real_images(real_data):
     manifest = data.load_manifest(str(real_data / "chest_xray"))
     rows, masks = lungs.outlined(manifest, 32)
