@@ -8,14 +8,13 @@ Form and fairness as in `training.py`. Scoring is from uint8 images in memory to
 
 import argparse
 import json
-import time
 
 import keras
 import numpy as np
 import torch
 from decode import machine
 from torch import nn
-from training import BATCH, RESULT, measure, random_images
+from training import BATCH, RESULT, measure, random_images, take_turns
 
 from cxr import anomaly, autoencoder, fitting, records
 
@@ -55,13 +54,9 @@ def torch_side(images):
 
 def scoring(build, size, count, turns):
     """Return the images a second that an autoencoder gives a score."""
-    model, images, seconds = build(size), random_images(count, size), []
-    for turn in range(turns + 1):
-        start = time.perf_counter()
-        anomaly.error_map(images, autoencoder.apply(model, images)).mean((1, 2))
-        if turn:
-            seconds.append(time.perf_counter() - start)
-    return round(count / float(np.median(seconds)), 1)
+    model, images = build(size), random_images(count, size)
+    score = lambda: anomaly.error_map(images, autoencoder.apply(model, images)).mean((1, 2))  # noqa: E731
+    return round(count / take_turns({"keras": (score, model.count_params())}, turns)[1]["keras"], 1)
 
 
 def main():

@@ -11,28 +11,16 @@ precision, and take turns in one process; the median turn counts. Only this file
 import argparse
 import json
 import os
-import pathlib
-import sys
-import time
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import keras
 import numpy as np
+import torch
 from decode import machine
+from torch import nn
+from torch.nn import functional
+from training import BATCH, RESULT, random_images, take_turns
 
 from cxr import fitting, gan, records
-
-try:
-    import torch
-    from torch import nn
-    from torch.nn import functional
-except ImportError:
-    sys.exit("This benchmark compares with PyTorch, which the lab itself does not need: pip install torch==2.13.0")
-
-RESULT = pathlib.Path(__file__).parent / "results" / "gan.json"
-BATCH = 32
 
 
 def torch_generator(widths, smooth):
@@ -105,22 +93,13 @@ def keras_side(name, size, images, steps):
 
 def measure(name, options):
     """Return steps a second of both sides and their ratio."""
-    images = np.random.default_rng(0).integers(0, 256, (BATCH, options.size, options.size)).astype(np.uint8)
+    images = random_images(BATCH, options.size)
     half = keras.config.dtype_policy().name == "mixed_bfloat16"
     sides = {"keras": keras_side(name, options.size, images, options.steps),
              "pytorch": torch_side(name, options.size, images, options.steps, half)}
-    parameters = {side: number for side, (_, number) in sides.items()}
-    assert len(set(parameters.values())) == 1, f"the two GANs differ: {parameters}"
-    seconds = {side: [] for side in sides}
-    for turn in range(options.turns + 1):
-        for side, (run, _) in sides.items():
-            start = time.perf_counter()
-            run()
-            if turn:  # the first turn compiles and warms up, on both sides
-                seconds[side].append(time.perf_counter() - start)
-    rate = {side: options.steps / float(np.median(spent)) for side, spent in seconds.items()}
-    return {"parameters": parameters["keras"], **{f"{side}_steps_per_second": round(value, 3)
-                                                  for side, value in rate.items()},
+    parameters, seconds = take_turns(sides, options.turns)
+    rate = {side: options.steps / spent for side, spent in seconds.items()}
+    return {"parameters": parameters, **{f"{side}_steps_per_second": round(value, 3) for side, value in rate.items()},
             "times_as_fast_as_pytorch": round(rate["keras"] / rate["pytorch"], 2)}
 
 
@@ -136,7 +115,7 @@ def main():
         found[policy] = {name: measure(name, options) for name in ("seed_dcgan", "lab_dcgan")}
     result = {"size": options.size, "batch_size": BATCH, "steps": options.steps, "turns": options.turns, "gans": found,
               "machine": machine() | {"torch": torch.__version__, "keras_threads": os.cpu_count()}}
-    records.write_atomic(RESULT, json.dumps(result, indent=1) + "\n")
+    records.write_atomic(RESULT.with_name("gan.json"), json.dumps(result, indent=1) + "\n")
     print(f"GAN steps a second at {options.size} px, Keras {keras.__version__} and PyTorch {torch.__version__}")
     for policy, rows in found.items():
         for name, row in rows.items():

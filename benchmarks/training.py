@@ -110,19 +110,28 @@ def classifiers(keras_build, torch_build, size, count):
             "pytorch": torch_side(torch_build, size, images, labels)}
 
 
-def measure(sides, size, count, turns):
-    """Return images a second of both sides and their ratio; `sides`: name -> (epoch, number of parameters)."""
+def take_turns(sides, turns):
+    """Return the number of parameters, in which all sides must agree, and the median seconds of each side.
+
+    `sides`: name -> (function to time, number of parameters).
+    """
     parameters = {name: number for name, (_, number) in sides.items()}
-    assert len(set(parameters.values())) == 1, f"the two networks differ: {parameters}"
+    assert len(set(parameters.values())) == 1, f"the networks differ: {parameters}"
     seconds = {name: [] for name in sides}
     for turn in range(turns + 1):
-        for name, (epoch, _) in sides.items():
+        for name, (run, _) in sides.items():
             start = time.perf_counter()
-            epoch()
-            if turn:  # the first turn compiles and warms up, on both sides
+            run()
+            if turn:  # the first turn compiles and warms up, on all sides
                 seconds[name].append(time.perf_counter() - start)
-    rate = {name: count / float(np.median(spent)) for name, spent in seconds.items()}
-    return {"size": size, "parameters": parameters["keras"],
+    return next(iter(parameters.values())), {name: float(np.median(spent)) for name, spent in seconds.items()}
+
+
+def measure(sides, size, count, turns):
+    """Return images a second of both sides and their ratio; a turn of `sides` is an epoch of `count` images."""
+    parameters, seconds = take_turns(sides, turns)
+    rate = {name: count / spent for name, spent in seconds.items()}
+    return {"size": size, "parameters": parameters,
             **{f"{name}_images_per_second": round(value, 1) for name, value in rate.items()},
             "times_as_fast_as_pytorch": round(rate["keras"] / rate["pytorch"], 2)}
 
