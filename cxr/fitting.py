@@ -237,11 +237,21 @@ def save_atomic(save, path):
     os.replace(temporary, path)
 
 
+def windows(count, size):
+    """Return slices that cover `count` items, all of one length, so that a network is traced once.
+
+    The last one reaches back over its neighbour.
+    """
+    size = min(size, count)
+    return [slice(start, start + size) for start in (*range(0, count - size, size), count - size)]
+
+
 def predict(model, images, batch_size=256):
     """Return the model's score of each image: float64 `(n,)`, for uint8 images `(n, size, size)` or activations."""
-    parts = [np.asarray(model.predict_on_batch(_as_input(images[start:start + batch_size])), "float64")[:, 0]
-             for start in range(0, len(images), batch_size)]
-    return np.concatenate(parts)
+    scores = np.empty(len(images))
+    for window in windows(len(images), batch_size):
+        scores[window] = np.asarray(model.predict_on_batch(_as_input(images[window])))[:, 0]
+    return scores
 
 
 def class_weights(labels, balance):

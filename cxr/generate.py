@@ -226,12 +226,8 @@ def ways(images, manifest, label, generators):
 def baseline(run, variant, score, images, manifest):
     """Return the record of a score that needs no training (function images → `(n,)`), on a split manifest."""
     config = {"score": variant, "image_size": images.shape[1]}
-    keep_rows = manifest["split"].isin(["val", "test", "test_duplicate"]).to_numpy()
-    found = run.load(run.run_id(variant, config, 0, manifest))
-    table = manifest.loc[keep_rows, ["image_id", "patient_id", "split"]]
-    return found or run.save(variant, config, 0, table.assign(
-        y_true=train.labels_of(manifest)[keep_rows], y_score=score(images[keep_rows])), purpose="baseline",
-        manifest=manifest)
+    return run.load(run.run_id(variant, config, 0, manifest)) or run.save(
+        variant, config, 0, train.predictions(score, manifest, images), purpose="baseline", manifest=manifest)
 
 
 def scored_with_fakes(run, variant, model, record, fakes, images, manifest):

@@ -20,18 +20,28 @@ def labels_of(manifest):
     return (manifest["label"].eq(positive) if positive else manifest["label"].ne("NORMAL")).to_numpy().astype(int)
 
 
-def predictions(model, manifest, images, shifted=None):
-    """Return the predictions table of a model: validation and test images, and the shifted validation if given."""
-    keep = manifest["split"].isin(["val", "test", "test_duplicate"]).to_numpy()
-    table = manifest.loc[keep, ["image_id", "patient_id", "split"]].assign(y_true=labels_of(manifest)[keep])
-    table["y_score"] = predict(model, images[np.flatnonzero(keep)])
+def predictions(score, manifest, images, shifted=None):
+    """Return the predictions table: validation and test images, and the shifted validation if given.
+
+    Args:
+        score: function from uint8 images `(n, size, size)` to float `(n,)`.
+        manifest: the split manifest.
+        images: uint8 `(n, size, size)` in the manifest's order.
+        shifted: `(images, source)` of `augment.shift_validation`, or `None`.
+    """
+    parts = []
+    for splits in (["val"], ["test", "test_duplicate"]):
+        chosen = manifest["split"].isin(splits).to_numpy()
+        rows = manifest.loc[chosen, ["image_id", "patient_id", "split"]]
+        parts.append(rows.assign(y_true=labels_of(manifest)[chosen], y_score=score(images[chosen])))
+    table = pd.concat(parts).sort_index()
     if shifted is not None:
         moved, source = shifted
         rows = manifest[manifest["split"] == "val"].iloc[source]
         copy = rows.groupby("image_id").cumcount().astype(str)
         table = pd.concat([table, pd.DataFrame({
             "image_id": rows["image_id"] + "#" + copy, "patient_id": rows["patient_id"], "split": "val_shifted",
-            "y_true": labels_of(rows), "y_score": predict(model, moved)})])
+            "y_true": labels_of(rows), "y_score": score(moved)})])
     return table.reset_index(drop=True)
 
 
@@ -76,15 +86,15 @@ def _train_one(run, variant, recipe, build, seed, *, images, manifest, extra, or
     model = build(recipe.image_size, augment.stack(recipe.augment))
     folder = run.directory / "cache" / "backup" / run_id
     ready = time.monotonic()
-    part = model
+    part, seen = model, lambda pixels: pixels
     if transfer.is_stored(recipe):
         body, part = transfer.split(model, recipe.strategy)
-        store = functools.partial(transfer.run_once, body, folder=run.directory / "cache" / "activations")
-        parts["train"] = store(parts["train"][0]), parts["train"][1]
-        watched = {name: (store(pixels), truth) for name, (pixels, truth) in watched.items()}
+        seen = functools.partial(transfer.run_once, body, folder=run.directory / "cache" / "activations")
+        parts["train"] = seen(parts["train"][0]), parts["train"][1]
+        watched = {name: (seen(pixels), truth) for name, (pixels, truth) in watched.items()}
     history = fit(part, recipe, *parts["train"], watched, seed=seed, folder=folder)
     trained = time.monotonic()
-    table = predictions(model, manifest, images, shifted)
+    table = predictions(lambda pixels: predict(part, seen(pixels)), manifest, images, shifted)
     served = keras.Model(model.input, model.output, name=model.name)  # without optimizer and loss
     save_atomic(served.save, run.directory / "models" / f"{run_id}.keras")
     record = run.save(variant, recipe.config(), seed, table, manifest=manifest, history=history,
@@ -124,5 +134,5 @@ def rescore(run, variant, record, images):
     if found := run.load(run.run_id(variant, config, record["seed"])):
         return found
     start = time.monotonic()
-    table = predictions(load_model(run, record), run.manifest, images)
+    table = predictions(functools.partial(predict, load_model(run, record)), run.manifest, images)
     return run.save(variant, config, record["seed"], table, seconds={"predict": round(time.monotonic() - start, 2)})

@@ -10,6 +10,7 @@ import numpy as np
 from keras import layers
 
 from cxr import augment, models
+from cxr.fitting import windows
 
 STRATEGIES = ("frozen", "partial", "full")
 
@@ -178,7 +179,7 @@ def run_once(body, images, folder):
 
 
 def _store(body, images, path, batch_size=128):
-    shape = (len(images), *np.shape(body.predict_on_batch(images[:1][..., None]))[1:])
+    shape = (len(images), *body.output.shape[1:])
     dtype = np.dtype("float16" if len(shape) == 2 else "float32")
     path.parent.mkdir(parents=True, exist_ok=True)
     wanted, free = int(np.prod(shape)) * dtype.itemsize, shutil.disk_usage(path.parent).free
@@ -189,10 +190,9 @@ def _store(body, images, path, batch_size=128):
     try:
         stored = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
         progress = keras.utils.Progbar(len(images), unit_name="image")
-        for start in range(0, len(images), batch_size):
-            part = images[start:start + batch_size]
-            stored[start:start + len(part)] = body.predict_on_batch(part[..., None])
-            progress.add(len(part))
+        for window in windows(len(images), batch_size):
+            stored[window] = body.predict_on_batch(images[window][..., None])
+            progress.update(window.stop)
         stored.flush()
         os.replace(temporary, path)
     finally:
