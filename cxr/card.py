@@ -40,14 +40,14 @@ def _block(about, record, file, probed):
              "data": f"{data['source']}{' (synthetic phantoms)' if data['synthetic'] else ''}: {counts}",
              "seed": record["seed"], "file": f"{file.name}, {file.stat().st_size / 1e6:.1f} MB",
              "decides at": f"{about['threshold']} = {about['thresholds'][about['threshold']]:.4g}"}
-    parts = [f"### {about['run_id']}", _table(["what", "value"], facts.items())]
+    parts = [f"### {about['run_id']}", report.as_markdown(["what", "value"], facts.items())]
     test, cells = record["metrics"]["test"], []
     for name in record["thresholds"]:
         cells.append([name.replace("_", " "), f"{record['thresholds'][name]:.4g}",
                       *(_interval(test[f"{key}@{name}"]) for key in ("accuracy", "sensitivity", "specificity", "ppv"))])
     parts += [f"On the {test['auc']['n']} test images (95 % intervals over patients): AUC {_interval(test['auc'])}, "
               f"average precision {_interval(test['average_precision'])}.",
-              _table(["threshold", "value", "accuracy", "sensitivity", "specificity", "PPV"], cells),
+              report.as_markdown(["threshold", "value", "accuracy", "sensitivity", "specificity", "PPV"], cells),
               _calibration(record)]
     return "\n\n".join([*parts, *_probes(probed)])
 
@@ -68,15 +68,10 @@ def _probes(probed):
             for name, found in probed["probes"].items()]
     return [f"Probes at “{probed['threshold'].replace('_', ' ')}”. Held against it: "
             f"{'; '.join(f'{name} ({why})' for name, why in against.items()) or 'nothing'}.",
-            _table(["probe", "images", "AUC before", "AUC", "sensitivity", "specificity"], rows)]
+            report.as_markdown(["probe", "images", "AUC before", "AUC", "sensitivity", "specificity"], rows)]
 
 
 def _interval(estimate):
     if estimate["value"] is None:
         return "–"
     return f"{estimate['value']:.3f} ({estimate['low']:.3f}–{estimate['high']:.3f})"
-
-
-def _table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -63,10 +63,16 @@ def markdown_table(rows, *, most=6):
         keep = part["val_auc"].fillna(0).nlargest(most).index.union([reference_of(part)])
         parts.append(part[part.index.isin(keep)])
     shown = pretty(pd.concat(parts)).drop(columns=["val. AUC", "ECE"])
-    lines = [list(shown.columns), ["---", "---", *["---:"] * (shown.shape[1] - 2)], *shown.to_numpy().tolist()]
     left_out = len(rows) - len(shown)
-    return ("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return (as_markdown(shown.columns, shown.to_numpy(), num_texts=2)
             + (f"\n\n{left_out} more variants stand in the report." if left_out else ""))
+
+
+def as_markdown(head, rows, *, num_texts=None):
+    """Return a table in markdown; the columns after the first `num_texts` are numbers and stand to the right."""
+    texts = len(head) if num_texts is None else num_texts
+    lines = [head, ["---"] * texts + ["---:"] * (len(head) - texts), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def answer(rows, group, why):
