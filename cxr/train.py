@@ -8,10 +8,11 @@ import keras
 import numpy as np
 import pandas as pd
 
-from cxr import augment, transfer
+from cxr import augment, engine, transfer
 from cxr.fitting import Recipe, fit, on_cpu, predict, save_atomic, start_fresh
 
-__all__ = ["Recipe", "fit", "labels_of", "load_model", "on_cpu", "predict", "predictions", "repeat", "rescore"]
+__all__ = ["Recipe", "fit", "labels_of", "load_model", "on_cpu", "predict", "predictions", "repeat", "rescore",
+           "sweep"]
 
 
 def labels_of(manifest):
@@ -59,11 +60,41 @@ def repeat(run, variant, recipe, build, *, images=None, manifest=None, extra=Non
         seeds: list of int, where they are not `run.seeds`.
         oracle: also score the test set after each epoch of the first seed, for one figure that says so.
     """
+    return sweep(run, {variant: recipe}, build, images=images, manifest=manifest, extra=extra, seeds=seeds,
+                 oracle=oracle)[variant]
+
+
+def sweep(run, recipes, build, *, images=None, manifest=None, extra=None, seeds=None, oracle=False):
+    """Do what `repeat` does for several recipes, dict variant → `Recipe`; return dict variant → records.
+
+    All runs that are not finished go to `engine.map` at once, so that a sweep fills a machine or a cluster.
+
+    Raises:
+        FileNotFoundError: a run finished on a machine whose disk this one does not see.
+    """
     manifest = run.manifest if manifest is None else manifest
-    one = functools.partial(_train_one, run, variant, recipe, build, images=images, manifest=manifest, extra=extra)
     seeds = run.seeds if seeds is None else seeds
-    return [run.load(run.run_id(variant, recipe.config(), seed, manifest))
-            or one(seed, oracle=oracle and seed == seeds[0]) for seed in seeds]
+    ids = {(variant, seed): run.run_id(variant, recipe.config(), seed, manifest)
+           for variant, recipe in recipes.items() for seed in seeds}
+    policy = keras.config.dtype_policy().name
+
+    def finish(job):
+        variant, seed = job
+        keras.config.set_dtype_policy(policy)  # that of the notebook; another process has Keras's own
+        if run.load(ids[job]) is None:  # a node may die between writing and reporting
+            _train_one(run, variant, recipes[variant], build, seed, images=images, manifest=manifest, extra=extra,
+                       oracle=oracle and seed == seeds[0])
+
+    engine.map(finish, [job for job, run_id in ids.items() if run.load(run_id) is None])
+    return {variant: [_finished(run, ids[variant, seed]) for seed in seeds] for variant in recipes}
+
+
+def _finished(run, run_id):
+    if (record := run.load(run_id)) is None:
+        raise FileNotFoundError(f"{run_id} is finished, but {run.results} does not hold its record. All machines of "
+                                "the cluster must see this folder under this path: put the repository on shared "
+                                "storage.")
+    return record
 
 
 def _train_one(run, variant, recipe, build, seed, *, images, manifest, extra, oracle):
