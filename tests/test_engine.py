@@ -6,10 +6,10 @@ import sys
 import threading
 import time
 
-import cloudpickle
 import keras
 import numpy as np
 import pytest
+from joblib.externals import cloudpickle
 from keras import layers
 
 from cxr import config, engine, fitting, phantom, train
@@ -129,6 +129,7 @@ def cluster(monkeypatch):
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")  # a busy machine takes its time
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     node = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 100 << 20}
     made = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
     made.doomed = made.add_node(**node)
