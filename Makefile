@@ -41,11 +41,11 @@ OVERRIDES := $(foreach name,NUM_SEEDS IMAGE_SIZE EPOCHS,$(if $($(name)),-p $(nam
 PARAMETERS := -p PROFILE $(PROFILE) -p DATA $(DATA) -p SEED $(SEED) $(OVERRIDES)
 PAPERMILL := $(PYTHON) -m papermill --cwd notebooks --log-output --no-progress-bar --execution-timeout 86400
 
-.PHONY: help setup reproduce test lint report demo bench publish notebooks clean FORCE
+.PHONY: help setup reproduce test test-jax lint report demo bench publish notebooks clean FORCE
 
 help:  ## list the verbs
 	@echo "A chest X-ray lab for research and teaching, not for diagnosis."
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## create .venv with everything (GPU=1: with CUDA)
 
@@ -91,6 +91,15 @@ test: $(READY)  ## unit tests, smoke run of all notebooks, nbval, tests on the s
 	$(MAKE) reproduce PROFILE=smoke DATA=phantom SEED=0 NUM_SEEDS= IMAGE_SIZE= EPOCHS= NOTEBOOKS=
 	$(PYTHON) -m pytest -m smoke
 	$(PYTHON) -m pytest -p no:cacheprovider --nbval-lax --nbval-cell-timeout 900 notebooks
+
+# What trains, once more on Keras's other backend. Two devices made of one processor also try keras.distribution.
+$(VENV)/.jax: requirements-jax.txt | $(READY)
+	$(PYTHON) -m pip install --quiet -r requirements-jax.txt
+	@touch $@
+
+test-jax: $(VENV)/.jax  ## the tests that train, on JAX
+	KERAS_BACKEND=jax XLA_FLAGS=--xla_force_host_platform_device_count=2 $(PYTHON) -m pytest \
+	  $(addprefix tests/test_,train.py engine.py transfer.py explain.py gan.py generate.py anomaly.py lungs.py trust.py)
 
 lint: $(READY)  ## ruff over package, tests, benchmarks and notebooks
 	$(VENV)/bin/ruff check .

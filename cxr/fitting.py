@@ -82,7 +82,8 @@ class Batches(keras.utils.PyDataset):
     Args:
         images: uint8 `(n, size, size)`, or float activations of `transfer.run_once`.
         labels: float `(n,)` in [0, 1].
-        batch_size: images a step; a last batch of one image is left out (it has no batch statistics).
+        batch_size: images a step; a last batch of one image is left out (it has no batch statistics). Where
+            `keras.distribution` splits batches among devices, what does not split evenly is left out too.
         seed: int.
         mixing: `(mode, ratio)` of `augment.mix`, or `None`.
         epoch: first epoch, above 0 when resuming.
@@ -93,6 +94,9 @@ class Batches(keras.utils.PyDataset):
         if len(images) < 2 or batch_size < 2:
             raise ValueError(f"Training needs at least two images a batch; got {len(images)} images and "
                              f"batch_size={batch_size}. Batch statistics and mixing are undefined for one.")
+        self.devices = _num_devices()
+        if batch_size % self.devices:
+            raise ValueError(f"batch_size={batch_size} cannot be split among {self.devices} devices; take a multiple.")
         self.images, self.labels = images, np.asarray(labels, "float32")
         self.batch_size, self.seed, self.mixing, self.epoch = batch_size, seed, mixing, epoch
         self.shuffle()
@@ -102,10 +106,11 @@ class Batches(keras.utils.PyDataset):
         self.order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.images))
 
     def __len__(self):
-        return len(self.images) // self.batch_size + (len(self.images) % self.batch_size > 1)
+        return len(self.images) // self.batch_size + (len(self.images) % self.batch_size >= max(2, self.devices))
 
     def __getitem__(self, index):
         rows = self.order[index * self.batch_size:(index + 1) * self.batch_size]
+        rows = rows[:len(rows) // self.devices * self.devices]
         images, labels = _as_input(self.images[rows]), self.labels[rows][:, None]
         if self.mixing:
             images, labels = augment.mix(images, labels, *self.mixing, seed=[self.seed, self.epoch, index])
@@ -299,11 +304,18 @@ def precision():
     return "mixed_bfloat16" if amx or not on_cpu() else "float32"
 
 
+def _num_devices():
+    """Return among how many devices each batch is split: 1, unless a notebook sets `keras.distribution`."""
+    distribution = keras.distribution.distribution()
+    return distribution.device_mesh.devices.size if distribution else 1
+
+
 def start_fresh(seed):
-    """Forget earlier models, seed Python, NumPy and Keras, and keep the dtype policy, which Keras would forget too."""
-    policy = keras.config.dtype_policy()
+    """Forget earlier models, seed Python, NumPy and Keras; keep dtype policy and distribution, which Keras forgets."""
+    policy, distribution = keras.config.dtype_policy(), keras.distribution.distribution()
     keras.utils.clear_session()
     keras.config.set_dtype_policy(policy)
+    keras.distribution.set_distribution(distribution)
     keras.utils.set_random_seed(seed)
 
 

@@ -207,3 +207,32 @@ def test_extra_images_reach_training(run):
 def test_a_later_field_at_its_default_keeps_the_id():
     config_now = RECIPE.config()
     assert config_now["weights"] is None and config_now["split"] == "patient" and "patience" not in config_now
+
+
+@pytest.fixture
+def two_devices():
+    """All devices of this backend, each batch split among them; `make test-jax` makes two of a processor."""
+    if keras.backend.backend() != "jax" or len(keras.distribution.list_devices()) < 2:
+        pytest.skip("keras.distribution splits batches under JAX with several devices: make test-jax")
+    yield keras.distribution.DataParallel
+    keras.distribution.set_distribution(None)
+
+
+def test_batches_split_among_devices_give_the_record_of_one_device(run, tmp_path, two_devices):
+    run, images = run
+    recipe = dataclasses.replace(RECIPE, batch_size=8)  # 50 images: the last batch has two
+    alone = train.repeat(run, "tiny", recipe, tiny, images=images, seeds=[0])[0]
+    keras.distribution.set_distribution(two_devices())
+    there = dataclasses.replace(run, directory=tmp_path / "split")
+    split = train.repeat(there, "tiny", recipe, tiny, images=images, seeds=[0])[0]
+    assert keras.distribution.distribution() is not None, "start_fresh forgot the distribution"
+    assert run.predictions(alone)["y_score"].to_numpy() == pytest.approx(there.predictions(split)["y_score"], abs=1e-4)
+    np.testing.assert_allclose(alone["history"]["loss"], split["history"]["loss"], atol=1e-4)
+
+
+def test_what_does_not_split_evenly_is_left_out_or_refused(two_devices):
+    keras.distribution.set_distribution(two_devices())
+    batches = fitting.Batches(*easy(21), 8, seed=0)
+    assert [len(batches[k][0]) for k in range(len(batches))] == [8, 8, 4]
+    with pytest.raises(ValueError, match="split among 2 devices"):
+        fitting.Batches(*easy(21), 9, seed=0)
