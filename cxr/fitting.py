@@ -237,9 +237,13 @@ class Watch(keras.callbacks.Callback):
 def save_atomic(save, path):
     """Call Keras's `save(path)` under a temporary name in the same folder, then rename; the suffix stays."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(temporary)
-    os.replace(temporary, path)
+    try:
+        with records.named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(temporary)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def windows(count, size):

@@ -4,7 +4,9 @@ A *run* is one training or scoring with one configuration and one seed. Its reco
 are the artefacts that every table and figure is made from; nothing else carries a number.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -35,21 +37,51 @@ def write_atomic(path, content):
         OSError: the folder cannot be written or the disk is full; an earlier file at `path` stays as it was.
     """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            pathlib.Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def named(path):
+    """Make `OSError` of writing `path` say which file and what to do: on a full disk the system's does neither."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(error.errno, f"{reason}: cannot be written. Free space on the disk, or mend the permissions, and "
+                                   "call again; what is finished is kept", str(path)) from error
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Hold the lock file `path`, after whoever holds it now; it ends with the process, so a killed one leaves none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def canonical_sha256(value):
     """Return the SHA-256 of `value` (anything JSON can hold) as sorted, compact JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _sha256(record):
+    """Return the hash of a record as it reads from its file, without that hash."""
+    return canonical_sha256({key: value for key, value in record.items() if key != "sha256"})
+
+
+def _was_changed(record):
+    return record.get("sha256", digest := _sha256(record)) != digest  # the first records carry no hash
 
 
 @functools.cache
@@ -102,17 +134,19 @@ def read_predictions(path):
 
 
 def read_record(path, *, root):
-    """Return the record at `path` after checking its predictions against their hash.
+    """Return the record at `path` after checking it and its predictions against their hashes.
 
     Raises:
-        ValueError: the record is not valid JSON, or its predictions under `root` are missing or were changed.
+        ValueError: the record is not valid JSON or was changed, or its predictions under `root` are missing or were.
     """
     path = pathlib.Path(path)
     try:
         record = json.loads(path.read_text())
         predictions = pathlib.Path(root) / record["predictions"]["path"]
         expected = record["predictions"]["sha256"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        if _was_changed(record):
+            raise ValueError("its content does not match its hash")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         message = f"{path} is not a record of this lab ({error!r}); move it away to have it made again."
         raise ValueError(message) from error
     if not predictions.is_file() or hashlib.sha256(predictions.read_bytes()).hexdigest() != expected:
@@ -184,16 +218,23 @@ class Run:
         path = self.results / "records" / f"{run_id}.json"
         return read_record(path, root=self.results) if path.exists() else None
 
+    def once(self, run_id, make):
+        """Return the record `run_id`: the finished one, or what `make()` returns while no other process makes it."""
+        if found := self.load(run_id):
+            return found
+        with alone(self.directory / "cache" / "locks" / run_id):
+            return self.load(run_id) or make()
+
     def set_aside_stale(self):
         """Rename records that other code made, where the profile is strict: smoke exists to test the code as it is."""
         for path in (self.results / "records").glob("*.json") if self.profile.strict else ():
             try:
-                stale = json.loads(path.read_text())["environment"]["code_sha256"] != code_sha256()
-                if stale:
+                record = json.loads(path.read_text())
+                if record["environment"]["code_sha256"] != code_sha256() and not _was_changed(record):
                     os.replace(path, path.with_suffix(".stale"))
             except FileNotFoundError:
                 continue  # another notebook of the same `make -j` was faster
-            except (json.JSONDecodeError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError):
                 continue  # a damaged record is named with its path as soon as somebody reads it
 
     def save(self, variant, config, seed, predictions, *, purpose="classify", manifest=None, **extra):
@@ -221,7 +262,8 @@ class Run:
             "config": config, "environment": environment(), **numbers, "chosen_on": "val",
             "predictions": {"path": path, "sha256": hashlib.sha256(compressed).hexdigest()}, "figures": [], **extra,
         }
-        write_atomic(self.results / "records" / f"{run_id}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+        record["sha256"] = _sha256(json.loads(json.dumps(record, allow_nan=False)))
+        write_atomic(self.results / "records" / f"{run_id}.json", json.dumps(record, indent=1) + "\n")
         return record
 
     def records(self):

@@ -93,7 +93,7 @@ def test_id_depends_on_data_variant_and_config_not_on_seed(run):
     assert len({base, run.run_id("b", {"x": 1}, 0), run.run_id("a", {"x": 2}, 0), other.run_id("a", {"x": 1}, 0)}) == 4
 
 
-@pytest.mark.parametrize("damage", ["change", "remove", "garbage"])
+@pytest.mark.parametrize("damage", ["change", "remove", "garbage", "binary", "digit"])
 def test_damage_is_noticed_and_named(run, damage):
     record = run.save("a", {}, 0, scores(run))
     path = run.results / record["predictions"]["path"]
@@ -103,7 +103,9 @@ def test_damage_is_noticed_and_named(run, damage):
         path.unlink()
     else:
         path = run.results / "records" / f"{record['run_id']}.json"
-        path.write_text('{"schema": 1')
+        digit = path.read_text().replace('"schema": 1', '"schema": 2').encode()
+        path.write_bytes({"garbage": b'{"schema": 1', "binary": b"\xff\xfe", "digit": digit}[damage])
+        run.set_aside_stale()  # moves nothing that it cannot read
     with pytest.raises(ValueError, match=path.name.split(".")[0]):
         run.load(record["run_id"])
 
