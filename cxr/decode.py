@@ -50,6 +50,8 @@ def decode(content, *, size=None):
             return pixels
     try:
         return _pillow(image)
+    except MemoryError:  # the machine's fault, not the file's: no image is left out for it
+        raise
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
         raise ValueError(f"damaged or truncated {image.format}: {error}") from error
 
@@ -71,6 +73,8 @@ def _pillow(image):
 
 
 def _to_uint8(values, low, high):
+    if not np.isfinite([low, high]).all() or low == high:
+        raise ValueError(f"grey levels from {low} to {high}")
     return np.clip(np.rint((values - low) * (255 / (high - low))), 0, 255).astype(np.uint8)
 
 
@@ -85,6 +89,8 @@ def _dicom(content):
             raise ValueError(f"{dataset.NumberOfFrames} frames, expected one radiograph")
         _check_pixels(dataset.Columns, dataset.Rows)
         return _present(dataset, dataset.pixel_array)
+    except MemoryError:
+        raise
     except Exception as error:  # as above: whatever a damaged header leads to
         raise ValueError(f"unreadable DICOM: {error}") from error
 
@@ -97,8 +103,10 @@ def _present(dataset, stored):
     from pydicom import pixels
 
     kind = dataset.PhotometricInterpretation
+    if stored.ndim != (3 if dataset.SamplesPerPixel == 3 else 2):  # more pixels than the header says
+        raise ValueError(f"pixels of shape {stored.shape}, expected one radiograph")
     if dataset.SamplesPerPixel == 3:
-        return cv2.cvtColor(stored, cv2.COLOR_RGB2GRAY)
+        return _to_uint8(cv2.cvtColor(stored, cv2.COLOR_RGB2GRAY), 0, 2 ** int(dataset.BitsStored) - 1)
     if kind not in ("MONOCHROME1", "MONOCHROME2"):
         raise ValueError(f"{kind} pixels, expected MONOCHROME1, MONOCHROME2 or RGB")
     half = 2 ** (int(dataset.BitsStored) - 1)

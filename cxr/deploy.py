@@ -86,8 +86,8 @@ def load(name):
         about["known"]["largest_distance"], about["thresholds"][about["threshold"]]
         model = keras.models.load_model(path, safe_mode=True, compile=False)
         model.get_layer("logit")
-    except (ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0][:200]
+    except Exception as error:  # a damaged file makes Keras, zipfile and h5py raise nearly anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"{path} is not a model of this lab, or it would run code of its own ({reason}).") from error
     return model, about
 

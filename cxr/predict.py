@@ -182,11 +182,11 @@ def _finished(out, about):
         with open(out / "predictions.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file)
                     if row["sha256"] and _heatmap_path(out, row["sha256"]).is_file()]
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return {(row["file"], row["sha256"]): row | {"probability": float(row["probability"]),
-            "calibrated_probability": float(row["calibrated_probability"]),
-            "out_of_distribution": row["out_of_distribution"] == "True"} for row in rows}
+        return {(row["file"], row["sha256"]): row | {"probability": float(row["probability"]),
+                "calibrated_probability": float(row["calibrated_probability"]),
+                "out_of_distribution": row["out_of_distribution"] == "True"} for row in rows}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, csv.Error):
+        return {}  # nothing there, or damaged: scored again
 
 
 def _identity(about):

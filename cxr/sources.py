@@ -5,7 +5,6 @@ import hashlib
 import inspect
 import os
 import pathlib
-import zipfile
 
 import numpy as np
 
@@ -130,13 +129,14 @@ def _archive(path):
         with np.load(path) as archive:
             named = [key.removesuffix("_labels") for key in archive.files if key.endswith("_labels")]
             labels = {split: archive[f"{split}_labels"].ravel() for split in named}
-            shapes = {split: archive[f"{split}_images"].shape for split in named}
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            images = {split: archive[f"{split}_images"] for split in named}
+    except Exception as error:  # a damaged archive makes zipfile, zlib and NumPy raise nearly anything
         raise ValueError(f"{path} is not a MedMNIST archive ({error}). Expected train_images, train_labels, … as in "
                          f"{SOURCES['pneumoniamnist']['url']}; download it again.") from error
     if not labels or set(labels) - set(SPLITS) or any(
-            len(shapes[split]) != 3 or len(values) != shapes[split][0] or set(values.tolist()) - {0, 1}
-            for split, values in labels.items()):
+            images[split].dtype != np.uint8 or images[split].ndim != 3 or len(values) != len(images[split])
+            or set(values.tolist()) - {0, 1} for split, values in labels.items()):
+        shapes = {split: f"{array.dtype} {array.shape}" for split, array in images.items()}
         raise ValueError(f"{path}: expected <train|val|test>_images, uint8 (n, height, width), each with n labels of 0 "
                          f"(normal) or 1 (pneumonia); found images {shapes}.")
     names = ("NORMAL", "PNEUMONIA")
