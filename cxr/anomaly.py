@@ -4,6 +4,7 @@ Scores are float `(n,)`, higher = more abnormal. That direction is checked on va
 (`opacities`), never on test. Images are uint8 `(n, size, size)`, maps float32 of the same shape, 0 at least.
 """
 
+import functools
 import time
 
 import cv2
@@ -14,8 +15,11 @@ from scipy import stats
 from sklearn import covariance, metrics, neighbors
 
 from cxr import evaluate, explain, records
-from cxr.fitting import save_atomic
+from cxr.augment import blurred
+from cxr.fitting import save_atomic, start_fresh
 from cxr.train import labels_of
+
+_around = functools.partial(blurred, share=1 / 24)  # local means
 
 
 def error_map(images, rebuilt, kind="absolute"):
@@ -26,20 +30,18 @@ def error_map(images, rebuilt, kind="absolute"):
             pattern; Wang et al. 2004); `local` (absolute difference after dividing each image by its local contrast,
             which takes away that a sharp image is harder to rebuild).
     """
-    x, y = images.astype("float32") / 255, rebuilt.astype("float32")
-    if kind in ("absolute", "squared"):
-        return np.abs(x - y) ** (2 if kind == "squared" else 1)
+    x, y = images.astype("float32"), np.asarray(rebuilt, "float32")
+    x /= 255
+    if kind in ("absolute", "squared"):  # in place: fresh memory would cost more than the arithmetic
+        x -= y
+        return {"absolute": np.abs, "squared": np.square}[kind](x, out=x)
     function = {"structure": _dissimilarity, "local": _local_difference}[kind]
     return np.stack([function(*pair) for pair in zip(x, y, strict=True)])
 
 
-def _blur(image, share=1 / 24):
-    return cv2.GaussianBlur(image, (0, 0), share * image.shape[0])
-
-
 def _dissimilarity(x, y):
-    mean_x, mean_y = _blur(x), _blur(y)
-    var_x, var_y, both = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2, _blur(x * y) - mean_x * mean_y
+    mean_x, mean_y = _around(x), _around(y)
+    var_x, var_y, both = _around(x * x) - mean_x**2, _around(y * y) - mean_y**2, _around(x * y) - mean_x * mean_y
     similarity = ((2 * mean_x * mean_y + 1e-4) * (2 * both + 9e-4)
                   / ((mean_x**2 + mean_y**2 + 1e-4) * (var_x + var_y + 9e-4)))
     return np.clip((1 - similarity) / 2, 0, 1)
@@ -47,15 +49,15 @@ def _dissimilarity(x, y):
 
 def _local_difference(x, y):
     def normalised(image):
-        mean = _blur(image)
-        return (image - mean) / np.sqrt(np.maximum(_blur((image - mean) ** 2), 0) + 1e-3)
+        mean = _around(image)
+        return (image - mean) / np.sqrt(np.maximum(_around((image - mean) ** 2), 0) + 1e-3)
 
     return np.abs(normalised(x) - normalised(y))
 
 
 def smooth(maps, share=1 / 32):
     """Return maps blurred by a Gaussian of `share` of the side, for looking at and for scoring pixels."""
-    return np.stack([_blur(one, share) for one in maps])
+    return np.stack([blurred(one, share) for one in maps])
 
 
 def highest(maps, share=0.05):
@@ -83,11 +85,11 @@ def opacities(images, *, seed, lungs=None, haze=1 / 3):
     usual = usual_lungs(size)
     for index, image in enumerate(images):
         known = lungs is not None and lungs[index].any()
-        field = np.minimum(2 * _blur(lungs[index].astype("float32"), 1 / 32), 1) if known else usual
+        field = np.minimum(2 * blurred(lungs[index].astype("float32"), 1 / 32), 1) if known else usual
         weight = _haze(rng, field, size) if rng.random() < haze else _opacity(rng, field, size)
         x = image.astype("float32")
         bright = np.percentile(x, 90) * rng.uniform(0.75, 1.0)
-        dull = _blur(x, rng.uniform(0.015, 0.05))  # behind consolidation vessels and edges are lost
+        dull = blurred(x, rng.uniform(0.015, 0.05))  # behind consolidation vessels and edges are lost
         x = x + weight * (0.65 * (np.maximum(bright, dull) - x) + 0.35 * (dull - x))
         x += weight * cv2.resize(rng.normal(0, 1, (size // 4, size // 4)).astype("float32"), (size, size)) * 6
         painted[index], masks[index] = np.clip(np.round(x), 0, 255), weight > 0.15
@@ -181,8 +183,7 @@ def trained(run, name, seed, build, fit):
     path = run.directory / "models" / f"{run.notebook}-{name}-s{seed}{code}.keras"
     if path.is_file():
         return keras.models.load_model(path, safe_mode=True, compile=False)
-    keras.utils.clear_session()
-    keras.utils.set_random_seed(seed)
+    start_fresh(seed)
     model = build()
     fit(model)
     save_atomic(model.save, path)
@@ -205,10 +206,16 @@ def score(run, variant, config, make_score, images, painted, *, seeds=None):
 
     Returns:
         Records with purpose `anomaly`. Their `val` AUC is that of painted against plain normals.
+
+    Raises:
+        ValueError: validation holds no normal images.
     """
     split, labels = run.manifest["split"], labels_of(run.manifest)
     rows = {"val": np.flatnonzero((split == "val") & (labels == 0)),
             "test": np.flatnonzero(split.isin(["test", "test_duplicate"]))}
+    if not len(rows["val"]):
+        raise ValueError("Validation holds no normal images, which the threshold is taken from: "
+                         "check the NORMAL folder and the split.")
 
     def one(seed):
         start = time.monotonic()
@@ -235,10 +242,16 @@ def conformal_threshold(normal_scores, false_alarms=0.05):
 
 
 def extreme_value_threshold(normal_scores, false_alarms=0.05, tail=0.2):
-    """Return the same from a generalised Pareto distribution of the upper `tail` of normal scores (Coles 2001)."""
+    """Return the same from a generalised Pareto distribution of the upper `tail` of normal scores (Coles 2001).
+
+    With fewer than ten scores in that tail there is nothing to fit, and the conformal threshold is returned.
+    """
     scores = evaluate.round_scores(normal_scores)
-    start = np.quantile(scores, 1 - tail)
-    shape, _, scale = stats.genpareto.fit(scores[scores > start] - start, floc=0)
+    start = np.quantile(scores, 1 - tail) if len(scores) else np.inf
+    above = scores[scores > start] - start
+    if len(above) < 10:
+        return conformal_threshold(scores, false_alarms)
+    shape, _, scale = stats.genpareto.fit(above, floc=0)
     return float(start + stats.genpareto.ppf(1 - false_alarms / tail, shape, scale=scale))
 
 

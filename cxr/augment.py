@@ -214,12 +214,16 @@ def shift_validation(images, *, seed, copies=3):
     return np.stack([_shift(images[row], rng) for row in source]) if len(source) else images, source
 
 
+def blurred(image, share):
+    """Return one image blurred by a Gaussian of `share` of its side, so that a family of blurs is one at any size."""
+    return cv2.GaussianBlur(image, (0, 0), share * image.shape[0])
+
+
 def _shift(image, rng):
     size = image.shape[0]
     zoom_x, zoom_y = rng.uniform(0.88, 1.12, 2)
     matrix = np.array([[zoom_x, 0, size / 2 * (1 - zoom_x)], [0, zoom_y, size / 2 * (1 - zoom_y)]])
     x = cv2.warpAffine(image, matrix, (size, size), borderMode=cv2.BORDER_REPLICATE).astype("float32") / 255
-    blurred = cv2.GaussianBlur(x, (0, 0), size / 96)  # sigma scales with the image, so the family is one at any size
-    x = x + rng.uniform(-1, 1) * (x - blurred)
+    x = x + rng.uniform(-1, 1) * (x - blurred(x, 1 / 96))
     x = np.clip((x - x.mean()) * rng.uniform(0.75, 1.25) + x.mean() + rng.uniform(-0.1, 0.1), 0, 1)
     return np.round(255 * x ** np.exp(rng.uniform(-0.35, 0.35))).astype("uint8")

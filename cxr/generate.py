@@ -78,10 +78,7 @@ def trained(run, variant, recipe, build, images, manifest, spaces, seed=0):
     run_id = run.run_id(variant, config, seed, manifest)
     path, film_path = (run.directory / place for place in (f"models/{run_id}.keras", f"cache/films/{run_id}.npy"))
     if record := run.load(run_id):
-        if not path.is_file() or not film_path.is_file():
-            raise FileNotFoundError(f"{path} is missing: generators stay on the machine that trained them. Move "
-                                    f"{run_id}.json away and run the notebook again.")
-        return Drawn(record, keras.models.load_model(path, safe_mode=True), np.load(film_path))
+        return Drawn(record, train.load_model(run, record), np.load(film_path))
     start = time.monotonic()
     fitting.start_fresh(seed)
     folder = run.directory / "cache" / "backup" / run_id

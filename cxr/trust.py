@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from cxr import evaluate, records
+from cxr.augment import blurred
 
 ASPECT = 1.37  # width by height of a usual film of this set; files squeezed to a square have lost their own
 SWEEPS = ("sharpness", "brightness", "contrast", "JPEG quality")
@@ -25,11 +26,6 @@ CHANCE = 0.65  # AUC that should not be reached without a lung
 def _each(function):
     return lambda images, *_: np.stack([np.clip(np.round(function(image.astype("float32"))), 0, 255).astype("uint8")
                                         for image in images])
-
-
-def _blur(image, sigma):
-    """Blur by `sigma` pixels of an image of 224, whatever the size of this one."""
-    return cv2.GaussianBlur(image, (0, 0), sigma * image.shape[0] / 224)
 
 
 def _jpeg(image, quality):
@@ -93,8 +89,8 @@ def _fill(images, masks, erase):
 
 # (family, strength) -> function of images and lung masks. A strength of 0 (1 for contrast) is the image as it is.
 PROBES = {
-    **{("sharpness", -sigma): _each(lambda x, s=sigma: _blur(x, s)) for sigma in (4, 2, 1, 0.5)},
-    **{("sharpness", amount): _each(lambda x, a=amount: x + a * (x - _blur(x, 1.5))) for amount in (1, 2)},
+    **{("sharpness", -sigma): _each(lambda x, s=sigma: blurred(x, s / 224)) for sigma in (4, 2, 1, 0.5)},
+    **{("sharpness", amount): _each(lambda x, a=amount: x + a * (x - blurred(x, 1.5 / 224))) for amount in (1, 2)},
     **{("brightness", shift): _each(lambda x, s=shift: x + s) for shift in (-60, -30, 30, 60)},
     **{("contrast", factor): _each(lambda x, f=factor: x.mean() + f * (x - x.mean()))
        for factor in (0.5, 0.75, 1.5, 2)},

@@ -1,7 +1,10 @@
 """Anomaly scores: networks that rebuild or outline, error maps, paint, thresholds that keep their promise."""
 
+import types
+
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,7 +83,9 @@ def test_a_conformal_threshold_keeps_its_promise_on_average(seed, n):
 
 
 def test_thresholds_of_few_or_tailed_normals():
-    assert anomaly.conformal_threshold([1.0, 2, 3], 0.05) == np.inf  # three normals cannot promise five per cent
+    for rule in (anomaly.conformal_threshold, anomaly.extreme_value_threshold):
+        assert rule([1.0, 2, 3], 0.05) == rule([], 0.05) == np.inf  # three normals cannot promise five per cent
+    assert 7 < anomaly.extreme_value_threshold(np.full(100, 7.0)) < 7.01  # normals that all score alike
     scores = np.random.default_rng(0).exponential(size=2000)
     assert anomaly.extreme_value_threshold(scores, 0.01) == pytest.approx(-np.log(0.01), rel=0.15)
 
@@ -110,5 +115,24 @@ def test_bad_input_is_named(films):
         autoencoder.apply(autoencoder.autoencoder(32, 4), films)
     with pytest.raises(ValueError, match="multiple of 16"):
         autoencoder.autoencoder(50, 4)
-    constant = np.full((2, 48, 48), 90, "uint8")
-    assert np.isfinite(anomaly.error_map(constant, constant / np.float32(255), "local")).all()
+
+
+def test_a_constant_image_gets_a_score():
+    constant, network = np.full((2, 48, 48), 90, "uint8"), autoencoder.autoencoder(48, 4)
+    rebuilt = autoencoder.apply(network, constant)
+    for kind in ("absolute", "squared", "structure", "local"):
+        assert np.isfinite(anomaly.highest(anomaly.error_map(constant, rebuilt, kind))).all()
+    painted, masks = anomaly.opacities(constant, seed=0)
+    assert painted.shape == masks.shape == constant.shape
+
+
+def test_a_run_without_normal_images_in_validation_says_so():
+    manifest = pd.DataFrame({"split": ["train", "val"], "label": ["NORMAL", "PNEUMONIA"]})
+    with pytest.raises(ValueError, match="NORMAL folder"):
+        anomaly.score(types.SimpleNamespace(manifest=manifest), "any", {}, None, None, None)
+
+
+def test_contamination_raises_the_threshold_and_never_lowers_it():
+    clean, sick = np.random.default_rng(0).normal(size=200), np.full(20, 5.0)
+    for rule in (anomaly.conformal_threshold, anomaly.extreme_value_threshold):
+        assert rule(np.r_[clean[20:], sick]) > rule(np.r_[clean[2:], sick[:2]]) >= rule(clean) - 0.2
