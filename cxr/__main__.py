@@ -12,7 +12,7 @@ def main(arguments=None):
     command = options.pop("command")
     try:
         return command(**options)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         system = isinstance(error, OSError) and error.filename  # ours carry a message, the system's a path and a reason
         message = f"{error.filename}: {error.strerror}; check the path and its permissions." if system else error
         print(f"cxr: {message}", file=sys.stderr)

@@ -14,6 +14,7 @@ import pathlib
 import stat
 import tempfile
 
+import cv2
 import numpy as np
 import pandas as pd
 import tqdm
@@ -124,7 +125,8 @@ def _scan(files, cache):
                 raise ValueError("not inside a NORMAL, PNEUMONIA or COVID19 folder")
             content = read(path)
             digest = hashlib.sha256(content).hexdigest()
-            return digest, known.get(digest) or decode.facts(decode.decode(content))
+            with memory_for(path):
+                return digest, known.get(digest) or decode.facts(decode.decode(content))
         except (ValueError, OSError) as error:
             return None, {"image_id": image_id, "path": path, "reason": str(error)}
 
@@ -155,6 +157,18 @@ def _reader(paths):
         return b"P5 %d %d 255\n" % image.shape[::-1] + image.tobytes()  # as a PGM file: one decoder serves all
 
     return read
+
+
+@contextlib.contextmanager
+def memory_for(path):
+    """Let a lack of memory name the image at `path`: it is the machine's fault, and no image is left out for it."""
+    try:
+        yield
+    except (MemoryError, cv2.error) as error:
+        if getattr(error, "code", cv2.Error.StsNoMem) != cv2.Error.StsNoMem:
+            raise
+        raise MemoryError(f"{path}: too little memory to decode it. End other programs or raise the limit, and call "
+                          "again; what is finished is kept.") from error
 
 
 def _threads(function, items, what):
@@ -241,14 +255,16 @@ def _write_images(path, manifest, size, letterbox):
         content = read(row.path)
         if hashlib.sha256(content).hexdigest() != row.sha256:
             raise ValueError(f"{row.path} changed since the manifest was made. Load the manifest again.")
-        return decode.fit(decode.decode(content, size=size), size, letterbox=letterbox)
+        with memory_for(row.path):
+            return decode.fit(decode.decode(content, size=size), size, letterbox=letterbox)
 
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".images-") as temporary:
         part = pathlib.Path(temporary, "images.npy")
         with open(part, "wb") as file:  # not through a memory map: a full disk must raise, not kill
             np.lib.format.write_array_header_1_0(file, header)
             for image in _threads(one, list(manifest.itertuples()), f"decode at {size} px"):
-                file.write(image)
+                with records.named(path):
+                    file.write(image)
         digest = _sha256(part)
         os.replace(part, path)
     records.write_atomic(path.with_suffix(".sha256"), digest)

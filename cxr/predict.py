@@ -50,7 +50,8 @@ def _read(file):
     content = file.read_bytes()
     if zipfile.is_zipfile(io.BytesIO(content)):
         raise ValueError("an archive: unpack it and give the folder")
-    pixels, warnings = decode.decode(content), []
+    with data.memory_for(file):
+        pixels, warnings = decode.decode(content), []
     if min(pixels.shape) < 16:
         raise ValueError(f"{pixels.shape[1]} x {pixels.shape[0]} pixels: too small for an X-ray")
     if content[128:132] == b"DICM":

@@ -56,9 +56,8 @@ def named(path):
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise OSError(error.errno, f"{reason}: cannot be written. Free space on the disk, or mend the permissions, and "
-                                   "call again; what is finished is kept", str(path)) from error
+        raise OSError(error.errno, f"{path}: cannot be written ({error.strerror or error}). Free space on the disk, or "
+                                   "mend the permissions, and call again; what is finished is kept.") from error
 
 
 @contextlib.contextmanager
