@@ -65,14 +65,18 @@ reproduce: $(EXECUTED)  ## run the notebooks end to end and write the report
 $(RUN)/notebooks/%.ipynb: export TF_NUM_INTRAOP_THREADS ?= $(shell echo $$(( $(CORES) / ($(words $(CHOSEN)) < $(JOBS) ? $(words $(CHOSEN)) : $(JOBS)) )))
 $(RUN)/notebooks/%.ipynb: export OMP_NUM_THREADS ?= $(TF_NUM_INTRAOP_THREADS)
 
-# The one rule: run beside, then rename. A failed notebook stays as *.failed.ipynb and never counts as done.
+# The one rule: run beside, then rename. A failed notebook stays as *.failed.ipynb and never counts as done. Two calls at
+# once take turns at a notebook: the lock lasts as long as this shell or its papermill, so a killed call leaves none.
 $(RUN)/notebooks/%.ipynb: notebooks/%.ipynb $(CODE) $(RUN)/.parameters | $(READY)
 	@mkdir -p $(@D)
-	@rm -f $(@:.ipynb=.failed.ipynb)
 	@echo "── $* ($(PROFILE), $(DATA))"
-	@$(PAPERMILL) $(PARAMETERS) $< $(@D)/.$*.running.ipynb 2>&1 | sed -u 's/^/$(firstword $(subst _, ,$*)) │ /' || \
-	  { mv -f $(@D)/.$*.running.ipynb $(@:.ipynb=.failed.ipynb); echo "Failed: look at $(@:.ipynb=.failed.ipynb)" >&2; exit 1; }
-	@mv -f $(@D)/.$*.running.ipynb $@
+	@exec 9> $(@D)/.$*.lock; $(PYTHON) -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'; \
+	rm -f $(@:.ipynb=.failed.ipynb); \
+	$(PAPERMILL) $(PARAMETERS) $< $(@D)/.$*.running.ipynb 2>&1 | sed -u 's/^/$(firstword $(subst _, ,$*)) │ /' || \
+	  { mv -f $(@D)/.$*.running.ipynb $(@:.ipynb=.failed.ipynb); echo "Failed: look at $(@:.ipynb=.failed.ipynb)" >&2; exit 1; }; \
+	echo '$(PARAMETERS)' | cmp -s - $(RUN)/.parameters || \
+	  { echo "$@: a call with other parameters began meanwhile. Its turn first, then call again; records are kept." >&2; exit 1; }; \
+	mv -f $(@D)/.$*.running.ipynb $@
 
 # The report reads what the other notebooks wrote, and 09 probes the models that they saved.
 $(REPORT): $(filter-out $(REPORT),$(EXECUTED))

@@ -81,9 +81,9 @@ def sweep(run, recipes, build, *, images=None, manifest=None, extra=None, seeds=
     def finish(job):
         variant, seed = job
         keras.config.set_dtype_policy(policy)  # that of the notebook; another process has Keras's own
-        if run.load(ids[job]) is None:  # a node may die between writing and reporting
-            _train_one(run, variant, recipes[variant], build, seed, images=images, manifest=manifest, extra=extra,
-                       oracle=oracle and seed == seeds[0])
+        run.once(ids[job], functools.partial(  # a node may die between writing and reporting
+            _train_one, run, variant, recipes[variant], build, seed, images=images, manifest=manifest, extra=extra,
+            oracle=oracle and seed == seeds[0]))
 
     engine.map(finish, [job for job, run_id in ids.items() if run.load(run_id) is None])
     return {variant: [_finished(run, ids[variant, seed]) for seed in seeds] for variant in recipes}
