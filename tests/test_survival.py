@@ -139,7 +139,7 @@ echo "$*" > "${{@: -1}}"
         calls = []
         for seeds in (2, 1):
             calls.append(start(tree, log, f"PAPERMILL={slow}", f"NUM_SEEDS={seeds}"))
-            while not begun.exists():
+            while not begun.exists() and calls[-1].poll() is None:
                 time.sleep(0.1)
         assert [call.wait(100) for call in calls] == [2, 0]
     assert "other parameters" in (tree / "log.txt").read_text()
