@@ -118,6 +118,18 @@ def mass_inside(maps, fields):
     return np.divide((maps * fields).sum((1, 2)), total, out=np.full(len(total), np.nan), where=total > 0)
 
 
+def within(maps, probability):
+    """Return maps weighted by how surely each pixel lies in a lung: there an opacity is looked for.
+
+    Where consolidation hides a lung from the network, the place where lungs usually lie counts.
+
+    Args:
+        maps: float `(n, size, size)`, 0 at least.
+        probability: float, the same shape, of a `network`.
+    """
+    return maps * np.maximum(probability, anomaly.usual_lungs(maps.shape[1]))
+
+
 def fields(run, size, *, epochs=20):
     """Return the lung fields of all images of a run, bool `(n, size, size)`: exact of phantoms, else by `network`."""
     if run.synthetic:

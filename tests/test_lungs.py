@@ -76,6 +76,13 @@ def test_a_painted_chest_loses_its_silhouette(outlines):
     np.testing.assert_allclose(lungs.silhouette(hazy, probability[normal])[:, 0], plain[:, 0], atol=0.05)  # no exposure
 
 
+def test_within_the_lungs_a_map_counts_and_a_hidden_lung_is_where_lungs_usually_lie():
+    even, seen = np.ones((2, 32, 32), "float32"), np.zeros((2, 32, 32), "float32")
+    seen[0, :, :4] = 1  # a lung at the edge; in the second image none is found
+    found = lungs.within(even, seen)
+    assert (found[0, :, :4] == 1).all() and found[1, :, :4].max() < 0.2 and found[:, 15, 9].min() > 0.9
+
+
 def test_an_image_without_lungs_gets_a_score():
     empty = lungs.silhouette(np.full((1, 32, 32), 90, np.uint8), np.zeros((1, 32, 32), "float32"))
     assert empty.tolist() == [[0, 0]]
