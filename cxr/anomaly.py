@@ -15,7 +15,7 @@ from scipy import stats
 from sklearn import covariance, metrics, neighbors
 
 from cxr import evaluate, explain, records
-from cxr.augment import blurred
+from cxr.decode import blurred
 from cxr.fitting import save_atomic, start_fresh
 from cxr.train import labels_of
 

@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from cxr.decode import blurred
+
 MIX_MODES = ("probability", "fixed_lambda", "extra_samples", "cutmix")
 
 
@@ -212,11 +214,6 @@ def shift_validation(images, *, seed, copies=3):
     rng = np.random.default_rng(seed)
     source = np.repeat(np.arange(len(images)), copies)
     return np.stack([_shift(images[row], rng) for row in source]) if len(source) else images, source
-
-
-def blurred(image, share):
-    """Return one image blurred by a Gaussian of `share` of its side, so that a family of blurs is one at any size."""
-    return cv2.GaussianBlur(image, (0, 0), share * image.shape[0])
 
 
 def _shift(image, rng):

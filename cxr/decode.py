@@ -151,3 +151,8 @@ def facts(image):
     digest.update(np.ascontiguousarray(image))
     return {"pixel_sha256": digest.hexdigest(), "height": height, "width": width, "mean_grey": cv2.mean(image)[0],
             "blur": -float(np.hypot(down, across).mean())}
+
+
+def blurred(image, share):
+    """Return one image blurred by a Gaussian of `share` of its side, so that a family of blurs is one at any size."""
+    return cv2.GaussianBlur(image, (0, 0), share * image.shape[0])

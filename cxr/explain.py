@@ -14,7 +14,7 @@ from keras import ops
 from scipy import special, stats
 from sklearn import metrics
 
-from cxr import augment, transfer
+from cxr import decode, transfer
 
 
 def grad_cam(model, images, *, label=1):
@@ -216,7 +216,7 @@ def faithfulness(model, images, heat, *, steps=8):
     """
     found = np.empty((2, len(images)))
     for index, (image, one) in enumerate(zip(images, heat, strict=True)):
-        blurred = augment.blurred(image, 1 / 10)
+        blurred = decode.blurred(image, 1 / 10)
         noise = np.random.default_rng(index).random(one.size)  # pixels of one value are taken in random order
         rank = np.lexsort((noise, -one.ravel())).argsort().reshape(one.shape)
         hidden = np.stack([rank < share * one.size for share in np.arange(1, steps + 1) / (steps + 1)])

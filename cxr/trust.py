@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from cxr import evaluate, records
-from cxr.augment import blurred
+from cxr.decode import blurred
 
 ASPECT = 1.37  # width by height of a usual film of this set; files squeezed to a square have lost their own
 SWEEPS = ("sharpness", "brightness", "contrast", "JPEG quality")
