@@ -96,6 +96,7 @@ def test_a_score_that_reads_the_marker_is_caught_and_the_record_holds_up(lab):
     figure = trustplots.probes({"a": found["probes"], "b": found["probes"]}, synthetic=True)
     assert len(figure.axes) == 15
     changed = json.loads(json.dumps(found))
+    del changed["sha256"]  # the report recomputes the numbers of records without a hash too
     changed["probes"]["border only:1"]["auc"]["value"] -= 0.1
     path = run.results / "records" / f"{found['run_id']}.json"
     path.write_text(json.dumps(changed))
