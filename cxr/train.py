@@ -85,8 +85,11 @@ def sweep(run, recipes, build, *, images=None, manifest=None, extra=None, seeds=
             _train_one, run, variant, recipes[variant], build, seed, images=images, manifest=manifest, extra=extra,
             oracle=oracle and seed == seeds[0]))
 
-    engine.map(finish, [job for job, run_id in ids.items() if run.load(run_id) is None])
-    return {variant: [_finished(run, ids[variant, seed]) for seed in seeds] for variant in recipes}
+    found = {job: run.load(run_id) for job, run_id in ids.items()}
+    missing = [job for job, record in found.items() if record is None]
+    engine.map(finish, missing)
+    found |= {job: _finished(run, ids[job]) for job in missing}
+    return {variant: [found[variant, seed] for seed in seeds] for variant in recipes}
 
 
 def _finished(run, run_id):
