@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from cxr.fitting import jit_compile
+from cxr.fitting import compiled
 from cxr.models import TrainingOnly, image_input
 
 
@@ -152,7 +152,7 @@ def fit(model, images, targets=None, *, epochs, seed, batch_size=32, learning_ra
     if not len(images):
         raise ValueError("There are no normal images to learn from: check the NORMAL folder and the split.")
     check_size(model, images)
-    model.compile(keras.optimizers.Adam(learning_rate), loss, jit_compile=jit_compile())
+    compiled(model, keras.optimizers.Adam(learning_rate), loss)
     found = model.fit(_Pairs(images, targets, batch_size, seed), epochs=epochs, verbose=2, shuffle=False)
     return {name: [round(float(value), 6) for value in values] for name, values in found.history.items()}
 

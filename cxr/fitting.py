@@ -179,7 +179,6 @@ def restore(model, folder):
     if not index.exists():
         return None
     state = json.loads(index.read_text())
-    model.optimizer.build(model.trainable_variables)
     model.load_weights(folder / f"{state['epoch']}.weights.h5")
     for variable, value in zip(_random_states(model), state["random"], strict=True):
         variable.assign(value)
@@ -308,6 +307,16 @@ def precision():
     return "mixed_bfloat16" if amx or not on_cpu() else "float32"
 
 
+def compiled(model, optimizer, loss=None, **options):
+    """Compile a built model as this device likes it, and return it.
+
+    The optimizer is built before the first step: variables that are made inside it would have it traced twice.
+    """
+    model.compile(optimizer, loss, jit_compile=jit_compile(), **options)
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
 def _num_devices():
     """Return among how many devices each batch is split: 1, unless a notebook sets `keras.distribution`."""
     distribution = keras.distribution.distribution()
@@ -332,9 +341,8 @@ def _compile(model, recipe, labels, steps):
         rate = keras.optimizers.schedules.ExponentialDecay(rate, 7 * steps, 0.1, staircase=True)
     negative, positive = class_weights(labels, recipe.balance)
     optimizer = DiscriminativeAdamW(rate, weight_decay=recipe.weight_decay, backbone_rate=recipe.backbone_rate)
-    model.compile(optimizer,
-                  WeightedBinaryCrossentropy(float(negative), float(positive), recipe.label_smoothing),
-                  metrics=[_HardAUC(name="auc")], jit_compile=jit_compile())
+    compiled(model, optimizer, WeightedBinaryCrossentropy(float(negative), float(positive), recipe.label_smoothing),
+             metrics=[_HardAUC(name="auc")])
 
 
 def fit(model, recipe, images, labels, watched, *, seed, folder):

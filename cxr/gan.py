@@ -12,7 +12,7 @@ import numpy as np
 from keras import layers, ops
 from sklearn import metrics, neighbors
 
-from cxr.fitting import Batches, back_up, jit_compile, restore, save_atomic
+from cxr.fitting import Batches, back_up, compiled, restore, save_atomic
 
 LATENT = 100
 
@@ -102,6 +102,11 @@ class GAN(keras.Model):
         self.noise = keras.random.SeedGenerator(noise_seed)
         self.generator_loss, self.discriminator_loss = (keras.metrics.Mean(name=name) for name in
                                                         ("generator_loss", "discriminator_loss"))
+
+    def build(self, input_shape):
+        """Build what moves the images about; generator and discriminator come built."""
+        for layer in self.stack:
+            layer.build(input_shape)
 
     def call(self, images, training=False):
         """Add both losses for a batch of uint8 images; returns the fakes in [-1, 1]."""
@@ -196,8 +201,8 @@ def fit(model, images, *, epochs, seed, folder, batch_size=64, learning_rate=2e-
     batches = Batches(images, np.zeros(len(images)), batch_size, seed)
     optimizer = keras.optimizers.Adam(learning_rate, beta_1=0.5, use_ema=average is not None,
                                       ema_momentum=average or 0.99)
-    model.compile(optimizer, jit_compile=jit_compile())
     model(images[:2][..., None])
+    compiled(model, optimizer)
     batches.epoch = epoch = _restore(progress, model)
     batches.shuffle()
     if epoch < epochs:

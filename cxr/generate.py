@@ -152,8 +152,7 @@ def real_or_fake(generator, real, images, manifest, held, *, seed=0, epochs=3):
     keras.utils.set_random_seed(seed)
     model = models.lab_cnn(real.shape[1])
     batches = fitting.Batches(np.concatenate([real, drawn["train"]]), np.repeat((0, 1), len(real)), 32, seed)
-    model.compile("adam", "binary_crossentropy", jit_compile=fitting.jit_compile())
-    model.fit(batches, epochs=epochs, verbose=0, shuffle=False)
+    fitting.compiled(model, "adam", "binary_crossentropy").fit(batches, epochs=epochs, verbose=0, shuffle=False)
     parts = []
     for name, rows in held.items():
         about = manifest.iloc[rows][["image_id", "patient_id", "split"]]

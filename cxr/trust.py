@@ -210,16 +210,6 @@ def moved(found):
         abs(before[name] - found[name]["value"]) for name in ("sensitivity", "specificity"))
 
 
-def drift_table(probed):
-    """Return how far each probe moves each model: rows are probes, columns `(model, auc | sensitivity | specificity)`.
-
-    `probed`: dict model -> record of `probe`.
-    """
-    return pd.DataFrame({(model, name): {probe: found[name]["value"] - found["unchanged"][name]
-                                         for probe, found in record["probes"].items()}
-                         for model, record in probed.items() for name in ("auc", "sensitivity", "specificity")})
-
-
 def suspected_labels(frame):
     """Return the images whose label a model denies: the off-diagonal of the confident joint, surest first.
 
