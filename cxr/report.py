@@ -28,6 +28,7 @@ from cxr.tables import (  # the one module whose names are passed on: a notebook
     reference_of,
     reported,
     reported_vs_measured,
+    strategy_grid,
     table,
     threshold_of,
 )
@@ -200,6 +201,33 @@ def operating_table(runs):
         for name in runs[0]["thresholds"]]).rename(columns=names)
 
 
+SCENARIOS = {"reading support": 0.95, "screening": 0.99}  # sensitivity wanted; study S1 has a network for each
+PREVALENCES = 0.05, 0.2, 0.625  # of a practice, of a ward, of the test folder
+
+
+def consequences(runs):
+    """Return what the headline would do among 1,000 patients, for scenarios that ask for a sensitivity on validation.
+
+    Thresholds come from the shifted validation images where there are any, sensitivity and specificity from test.
+    """
+    if runs[0]["purpose"] != "classify":
+        return pd.DataFrame()
+    average = compare.seed_average([run["frame"] for run in runs])
+    parts = dict(list(average.groupby("split")))
+    source = parts.get("val_shifted", parts["val"])
+    rows = []
+    for name, sensitivity in SCENARIOS.items():
+        cut = evaluate.threshold_for_sensitivity(source["y_true"], source["y_score"], sensitivity)
+        seen = evaluate.metrics(parts["test"]["y_true"], parts["test"]["y_score"], {"cut": cut})
+        at = {key: seen[f"{key}@cut"] for key in ("sensitivity", "specificity")}
+        for prevalence in PREVALENCES:
+            counts = evaluate.per_thousand(*at.values(), prevalence)
+            rows.append({"scenario": f"{name}, sensitivity {sensitivity:g} on validation",
+                         **{key: f"{value:.3f}" for key, value in at.items()}, "prevalence": f"{prevalence:.1%}",
+                         **{f"{key.replace('_', ' ')} of 1,000": round(value) for key, value in counts.items()}})
+    return pd.DataFrame(rows)
+
+
 def _section(part, loaded, baselines, note, threshold):
     """One notebook: its table with the trivial baselines, what helped against its reference, and both as figures."""
     reference = reference_of(part)
@@ -213,6 +241,10 @@ def _section(part, loaded, baselines, note, threshold):
             ranked.sort_values("value", ascending=False).to_dict("records"), reference=0, synthetic=note,
             xlabel=f"difference in AUC to “{section['reference']}”",
             caption="Difference in test AUC, 95 % interval over patients and seeds; right of the dots is better.")
+    aucs, texts = strategy_grid([run for run in loaded if run["group"] in part.index])
+    if len(aucs) > 1:
+        section["grid"] = _picture(plots.heat_table(aucs, texts=texts, synthetic=note),
+                                   "Test AUC of the seed-averaged score with its 95 % interval over patients.")
     return section
 
 
@@ -255,6 +287,18 @@ def _probes(loaded, group, note):
                 "changed (large dot).")}
 
 
+def _suspected(runs, *, most=15):
+    """Return how many labels of validation and test the headline denies, and the surest of them by image id."""
+    if runs[0]["purpose"] != "classify":
+        return {"count": 0}
+    average = compare.seed_average([run["frame"] for run in runs])
+    found = trust.suspected_labels(average[average["split"].isin(["val", "test"])])
+    shown = found.head(most)
+    return {"count": len(found), "table": pd.DataFrame({
+        "image": shown["image_id"], "split": shown["split"], "label": np.where(shown["y_true"], "pneumonia", "normal"),
+        "probability of pneumonia": shown["y_score"].map("{:.3f}".format)})}
+
+
 def _page(results_dir, loaded):
     """Everything the template shows, from checked records."""
     threshold = _named(results_dir).get("threshold", "sensitivity_95")
@@ -285,6 +329,7 @@ def _page(results_dir, loaded):
                            "Seed-averaged scores on test; the dot is the headline at its threshold."),
         "probes": _probes(loaded, chosen, note), "figures": _headline_figures(runs, note, threshold),
         "operating": operating_table(runs), "sections": sections,
+        "consequences": consequences(runs), "suspected": _suspected(runs),
         "negative": negative, "records": loaded, "num_groups": len(by_group(loaded)), "num_test": runs[0]["num_test"],
         "calibration": {key: np.mean([run["calibration"][key] for run in runs]) for key in runs[0]["calibration"]},
     }

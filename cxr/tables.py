@@ -161,6 +161,25 @@ def _row(runs, threshold):
             "gap": values("auc", "val").mean() - auc.mean(), "ece": values("ece").mean()}
 
 
+def strategy_grid(loaded):
+    """Return test AUCs, and the same as text with intervals: a row for each backbone and start, a column a strategy.
+
+    Both are of the seed-averaged score; `loaded` is what one table may hold. Without transfer both are empty.
+    """
+    aucs, texts = collections.defaultdict(dict), collections.defaultdict(dict)
+    for runs in by_group(loaded).values():
+        config = runs[0]["config"]
+        if not config.get("strategy"):
+            continue
+        average = compare.seed_average(frames(runs))
+        found = evaluate.bootstrap_auc(average["y_true"], average["y_score"], average["patient_id"])
+        start = (config["weights"] or "random").replace("_", " ")
+        for cells, value in ((aucs, found.value), (texts, f"{found.value:.3f}\n{found.low:.3f}–{found.high:.3f}")):
+            cells[config["strategy"]][f"{config['backbone']}\n{start}"] = value
+    columns = [name for name in ("frozen", "partial", "full") if name in aucs]
+    return pd.DataFrame(aucs)[columns], pd.DataFrame(texts)[columns]
+
+
 def pretty(rows):
     """Return `table` as strings for a reader: what stands in the notebook, the README and the HTML report."""
     number = lambda value, digits=3: "–" if pd.isna(value) else f"{value:.{digits}f}"  # noqa: E731

@@ -279,3 +279,31 @@ def test_page_of_baselines_alone_can_be_made(tmp_path):
     run = fake_run(tmp_path, "01_dedup_augment", manifest(n=60), seeds=(0,))
     add_baselines(run)
     assert "blur score" in report.html(run.results, tmp_path / "report.html").read_text()
+
+
+def test_consequences_add_up_and_screening_misses_less(loaded):
+    runs = next(runs for runs in report.by_group(loaded).values() if runs[0]["variant"] == "lab recipe")
+    rows = report.consequences(runs)
+    counts = rows[[f"{name} of 1,000" for name in ("found", "missed", "false alarms", "cleared")]]
+    assert len(rows) == 6 and (counts.sum(axis=1) - 1000).abs().max() <= 2
+    support, screening = (rows[rows["scenario"].str.startswith(name)] for name in report.SCENARIOS)
+    assert (support["missed of 1,000"].to_numpy() >= screening["missed of 1,000"].to_numpy()).all()
+    assert (support["false alarms of 1,000"].to_numpy() < screening["false alarms of 1,000"].to_numpy()).all()
+
+
+def test_strategies_stand_beside_each_other_for_each_network_and_start(tmp_path):
+    run = fake_run(tmp_path, "05_transfer_learning", manifest(n=60), seeds=(0, 1))
+    for strength, (weights, strategy) in enumerate((("imagenet", "frozen"), ("imagenet", "full"), (None, "full")), 1):
+        for seed in run.seeds:
+            about = {"backbone": "resnet_50", "strategy": strategy, "weights": weights}
+            run.save(f"{strategy} {weights}", about, seed, scores(run.manifest, strength, seed))
+    add(run, "no transfer", 1.0)
+    found = report.load(run.results, intervals=False)
+    aucs, texts = report.strategy_grid(found)
+    assert list(aucs.columns) == ["frozen", "full"] and list(aucs.index) == ["resnet_50\nimagenet", "resnet_50\nrandom"]
+    assert np.isnan(aucs.loc["resnet_50\nrandom", "frozen"]), "what was not run stays empty"
+    averaged = report.table(found)["averaged"]
+    assert sorted(aucs.stack().dropna()) == sorted(averaged[report.table(found)["variant"] != "no transfer"])
+    assert texts.iloc[0, 1].startswith(f"{aucs.iloc[0, 1]:.3f}")
+    page = report.html(run.results, tmp_path / "report.html", loaded=found).read_text()
+    assert "Test AUC of the seed-averaged score" in page and "Labels to look at again" in page
