@@ -296,7 +296,7 @@ def test_strategies_stand_beside_each_other_for_each_network_and_start(tmp_path)
     for strength, (weights, strategy) in enumerate((("imagenet", "frozen"), ("imagenet", "full"), (None, "full")), 1):
         for seed in run.seeds:
             about = {"backbone": "resnet_50", "strategy": strategy, "weights": weights}
-            run.save(f"{strategy} {weights}", about, seed, scores(run.manifest, strength, seed))
+            run.save(f"{strategy} {weights}", about, seed, scores(run.manifest, strength / 2, seed))
     add(run, "no transfer", 1.0)
     found = report.load(run.results, intervals=False)
     aucs, texts = report.strategy_grid(found)
