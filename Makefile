@@ -118,8 +118,8 @@ publish: $(READY)  ## copy the records, figures and exported models of a full ru
 	$(if $(filter results/chest_xray,$(PUBLISHED)),cp $(RUN)/figures/*.png figures/)
 	$(MAKE) report
 
-report: $(READY)  ## check every published number against its predictions and rewrite the tables of README and model card
-	$(PYTHON) -m cxr report $(wildcard results/*) --readme README.md --card MODEL_CARD.md
+report: $(READY)  ## check every published number against its predictions; rewrite the tables of README and model card, and the reports
+	$(PYTHON) -m cxr report $(wildcard results/*) --readme README.md --card MODEL_CARD.md --pages
 
 demo: $(READY)  ## train a small model on phantoms and score a few of them: a page with heatmaps
 	$(PYTHON) -m cxr.demo

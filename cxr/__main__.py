@@ -46,6 +46,7 @@ def _parser():
     report.add_argument("--readme", metavar="FILE", help="rewrite the results between this file's markers")
     report.add_argument("--card", metavar="FILE", help="rewrite the numbers of published models between its markers")
     report.add_argument("--html", metavar="FILE", help="write the report of the one folder given")
+    report.add_argument("--pages", action="store_true", help="write report.html into each folder")
     report.set_defaults(command=_report)
     return parser
 
@@ -128,21 +129,24 @@ def _dumps(value):
     return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
-def _report(results, readme, card, html):
+def _report(results, readme, card, html, pages):
     from cxr import card as model_card
     from cxr import report
 
-    if not readme and not html and not card:
-        raise ValueError("report: expected --readme FILE, --card FILE or --html FILE.")
+    if not (readme or html or card or pages):
+        raise ValueError("report: expected --readme FILE, --card FILE, --html FILE or --pages.")
     if html and len(results) != 1:
         raise ValueError(f"report: --html takes one results folder, not {len(results)}.")
+    loaded = {folder: report.load(folder) for folder in results if readme or html or pages}
     if readme:
-        report.update_readme(readme, *results)
+        report.update_readme(readme, loaded)
     if card:
         model_card.update(card, *results)
-    if html:
-        report.html(results[0], html)
-    print("\n".join(filter(None, (readme, card, html))))
+    written = {html: results[0]} if html else {}
+    written |= {f"{folder}/report.html": folder for folder in results if pages}
+    for path, folder in written.items():
+        report.html(folder, path, loaded=loaded[folder])
+    print("\n".join(filter(None, (readme, card, *written))))
     return 0
 
 

@@ -69,6 +69,20 @@ def markdown_table(rows, *, most=6):
             + (f"\n\n{left_out} more variants stand in the report." if left_out else ""))
 
 
+def beside_markdown(beside, metrics=("accuracy", "auc")):
+    """Return the rows of `reported_vs_measured` in these metrics as a heading and a markdown table; nothing if none."""
+    shown = beside[beside["metric"].isin(metrics)] if len(beside) else beside
+    if not len(shown):
+        return []
+    rows = [(line.study, line.what, line.measured_as, line.split, line.seeds, line.metric.replace("auc", "AUC"),
+             f"{line.reported:.3f}" + (f" ({line.low:.3f}–{line.high:.3f})" if line.low == line.low else ""),
+             f"{line.measured:.3f}" + (f" ± {line.sd:.3f}" if line.sd == line.sd else ""),
+             f"{line.smallest:.3f} – {line.largest:.3f}") for line in shown.itertuples()]
+    return ["Reported beside measured, decisions at 0.5 as the studies took them:", as_markdown(
+        ("study", "what it ran", "run here at", "split by", "seeds", "metric", "reported", "measured", "over seeds"),
+        rows, num_texts=4)]
+
+
 def as_markdown(head, rows, *, num_texts=None):
     """Return a table in markdown; the columns after the first `num_texts` are numbers and stand to the right."""
     texts = len(head) if num_texts is None else num_texts
@@ -106,15 +120,18 @@ def p_text(p):
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
-def update_readme(path, *results_dirs):
-    """Write the tables of the results folders between the markers of the README at `path`; the rest stays as it is."""
+def update_readme(path, loaded):
+    """Write the tables of results folders between the markers of the README at `path`; the rest stays as it is.
+
+    `loaded`: dict folder -> what `load` gave.
+    """
     blocks = []
-    for folder in results_dirs:
-        loaded, threshold = load(folder), _named(folder).get("threshold", "sensitivity_95")
-        data = loaded[0]["data"]
-        rows = table(cohorts(loaded)[0], threshold=threshold)
+    for folder, runs in loaded.items():
+        data, threshold = runs[0]["data"], _named(folder).get("threshold", "sensitivity_95")
+        rows = table(cohorts(runs)[0], threshold=threshold)
         blocks.append("\n\n".join([f"### {data['source']}", *([f"**{SYNTHETIC}**"] if data["synthetic"] else []),
-                                   answer(rows, *headline(folder, rows)), markdown_table(rows)]))
+                                   answer(rows, *headline(folder, rows)), markdown_table(rows),
+                                   *beside_markdown(reported_vs_measured(sum(cohorts(runs), [])))]))
     rewrite(path, "\n\n".join(blocks))
 
 
@@ -321,7 +338,8 @@ def _page(results_dir, loaded):
                 for row in section["comparisons"].itertuples() if row.verdict in ("worse", "not shown")]
     return {
         "data": data, "note": SYNTHETIC if note else "", "answer": answer(rows, chosen, why), "row": rows.loc[chosen],
-        "beside": reported_vs_measured(main), **{key: reported()[key] for key in ("claims", "references")},
+        "beside": reported_vs_measured(sum(cohorts(loaded), [])),
+        **{key: reported()[key] for key in ("claims", "references")},
         "forest": _forest(forest_rows(rows, main), reference=0.5, synthetic=note, xlabel="AUC on test",
                           caption="AUC of the seed-averaged score on test with its 95 % interval over patients; small "
                                   "dots: single seeds; grey: no training at all; dotted line: chance."),

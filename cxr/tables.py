@@ -244,14 +244,17 @@ def reported_vs_measured(loaded):
     """Return one row for each published number of the five studies whose variant was run here.
 
     Columns: `study, what, metric, reported, low, high` (Wilson's interval, of accuracies), `split, seeds, measured, sd,
-    smallest, largest` (over seeds), `note`. Published numbers are at 0.5 and, where they use all 624 images, stand
-    beside our AUC and accuracy on all of them; the rest is on the test set without duplicates.
+    smallest, largest` (over seeds), `measured_as` (our image size and start), `note`. Published numbers are at 0.5 and,
+    where they use all 624 images, stand beside our AUC and accuracy on all of them; the rest is on the test set without
+    duplicates.
     """
     rows = []
     for study in reported()["studies"]:
         for runs in by_group(loaded).values():
-            if (runs[0]["notebook"], runs[0]["variant"].lower()) != (study["notebook"], study["variant"].lower()):
+            config, variant = runs[0]["config"], runs[0]["variant"].partition(", ")[0]  # behind a comma: its start
+            if (runs[0]["notebook"], variant.lower()) != (study["notebook"], study["variant"].lower()):
                 continue
+            start = [f"from {config['weights'] or 'random weights'}".replace("_", " ")] if "strategy" in config else []
             for metric, value in study["numbers"].items():
                 key = "auc" if metric == "auc" else f"{metric}@half"
                 split = "test_official" if study["n"] == 624 and metric in ("auc", "accuracy") else "test"
@@ -261,5 +264,6 @@ def reported_vs_measured(loaded):
                              "low": limits.low if limits else np.nan, "high": limits.high if limits else np.nan,
                              "split": runs[0]["config"].get("split", "patient"), "seeds": len(runs),
                              "measured": found.mean(), "sd": found.std(ddof=1) if len(found) > 1 else np.nan,
-                             "smallest": found.min(), "largest": found.max(), "note": study["note"]})
+                             "smallest": found.min(), "largest": found.max(), "note": study["note"],
+                             "measured_as": ", ".join([f"{config.get('image_size', '?')} px", *start])})
     return pd.DataFrame(rows)

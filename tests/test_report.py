@@ -237,20 +237,21 @@ def test_headline_is_chosen_on_validation_or_named(copied):
         report.headline(copied, rows)
 
 
-def test_readme_block_is_replaced_and_the_rest_stays(made, tmp_path):
+def test_readme_block_is_replaced_and_the_rest_stays(made, loaded, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.MARKERS[0]}\nold\n{report.MARKERS[1]}\nafter \\1\n")
-    report.update_readme(readme, made)
+    report.update_readme(readme, {made: loaded})
     once = readme.read_text()
-    report.update_readme(readme, made)
+    report.update_readme(readme, {made: loaded})
     assert readme.read_text() == once
     assert once.startswith("before\n") and once.endswith("\nafter \\1\n") and "\nold\n" not in once
     assert report.SYNTHETIC in once and "| lab recipe |" in once and "| always pneumonia |" in once
-    widths = {line.count("|") for line in once.splitlines() if line.startswith("|")}
-    assert len(widths) == 1, "every row of the table has the same cells"
+    tables = [[line.count("|") for line in part.splitlines()] for part in once.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 2 and all(len(set(widths)) == 1 for widths in tables), "rows of a table have the same cells"
+    assert "| S2 | CNN | ? px | image | 3 | accuracy | 0.689 (" in once
     readme.write_text("no markers")
     with pytest.raises(report.ReportError, match="results:begin"):
-        report.update_readme(readme, made)
+        report.update_readme(readme, {made: loaded})
 
 
 def test_page_is_self_contained_escaped_and_says_that_phantoms_are_phantoms(made, loaded, tmp_path):
