@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from cxr.fitting import compiled
+from cxr.fitting import compiled, outputs
 from cxr.models import TrainingOnly, image_input
 
 
@@ -167,5 +167,4 @@ def check_size(model, images):
 def apply(model, images):
     """Return what the network makes of the images, float32 `(n, size, size)` in [0, 1]."""
     check_size(model, images)
-    return np.concatenate([np.asarray(model.predict_on_batch(images[start:start + 256][..., None]))[..., 0]
-                           for start in range(0, len(images), 256)])
+    return outputs(model, images[..., None])[..., 0]

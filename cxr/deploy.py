@@ -8,11 +8,10 @@ import keras
 import numpy as np
 
 from cxr import decode, records, sources, train
-from cxr.fitting import save_atomic
+from cxr.fitting import outputs, save_atomic
 
 THRESHOLD = "sensitivity_95_shifted"
 SIDE = 32  # of the mean image: enough to know a chest from a hand, too little to know a patient
-BATCH = 64
 
 
 def export(run, record, folder):
@@ -26,7 +25,7 @@ def export(run, record, folder):
     model, size = train.load_model(run, record), record["config"]["image_size"]
     rows = np.flatnonzero(run.manifest["split"].isin(["train", "val"]))
     images = run.images(size)[rows[::-(-len(rows) // 1000)]]
-    features = features_of(model).predict(images[..., None], verbose=0, batch_size=BATCH)
+    features = outputs(features_of(model), images[..., None], batch_size=64)
     small_images = np.stack([decode.fit(image, SIDE) for image in images]).astype("float32")
     known = {"mean": features.mean(0).round(5).tolist(), "std": features.std(0).round(5).tolist(),
              "image": small_images.mean(0).round(1).tolist()}

@@ -254,12 +254,19 @@ def windows(count, size):
     return [slice(start, start + size) for start in (*range(0, count - size, size), count - size)]
 
 
-def predict(model, images, batch_size=256):
+def outputs(model, inputs, batch_size=256):
+    """Return what `model` puts out for `n` inputs, as it takes them: float32 `(n, …)`."""
+    found = None
+    for window in windows(len(inputs), batch_size):
+        part = np.asarray(model.predict_on_batch(np.asarray(inputs[window])))
+        found = np.empty((len(inputs), *part.shape[1:]), "float32") if found is None else found
+        found[window] = part
+    return found
+
+
+def predict(model, images):
     """Return the model's score of each image: float64 `(n,)`, for uint8 images `(n, size, size)` or activations."""
-    scores = np.empty(len(images))
-    for window in windows(len(images), batch_size):
-        scores[window] = np.asarray(model.predict_on_batch(_as_input(images[window])))[:, 0]
-    return scores
+    return outputs(model, images[..., None] if images.dtype == "uint8" else images)[:, 0].astype(float)
 
 
 def class_weights(labels, balance):

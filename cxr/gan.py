@@ -12,7 +12,7 @@ import numpy as np
 from keras import layers, ops
 from sklearn import metrics, neighbors
 
-from cxr.fitting import Batches, back_up, compiled, restore, save_atomic
+from cxr.fitting import Batches, back_up, compiled, outputs, restore, save_atomic
 
 LATENT = 100
 
@@ -239,8 +239,7 @@ def contact_sheets(film, columns=4):
 def sample(generator, count=None, *, seed=0, codes=None):
     """Return fakes, uint8 `(count, size, size)`, of drawn or given codes."""
     codes = np.random.default_rng(seed).normal(size=(count, LATENT)).astype("float32") if codes is None else codes
-    fakes = np.concatenate([np.asarray(generator.predict_on_batch(codes[start:start + 128]))[..., 0]
-                            for start in range(0, len(codes), 128)])
+    fakes = outputs(generator, codes, batch_size=128)[..., 0]
     return np.uint8(np.round(127.5 * (np.clip(fakes, -1, 1) + 1)))
 
 

@@ -129,7 +129,7 @@ def judge(generator, real, held_out, spaces, *, seed=0):
 def features(model):
     """Return a function from images to what the classifier of `model` reads, float `(n, d)`."""
     body = deploy.features_of(model)
-    return lambda images: body.predict(images[..., None], batch_size=128, verbose=0)
+    return lambda images: fitting.outputs(body, images[..., None])
 
 
 def pixels(images, side=16):
