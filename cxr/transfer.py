@@ -178,7 +178,7 @@ def run_once(body, images, folder):
     return np.load(path, mmap_mode="r")
 
 
-def _store(body, images, path, batch_size=128):
+def _store(body, images, path, batch_size=64):
     shape = (len(images), *body.output.shape[1:])
     dtype = np.dtype("float16" if len(shape) == 2 else "float32")
     path.parent.mkdir(parents=True, exist_ok=True)
