@@ -42,6 +42,7 @@ def test_the_readme_shows_the_ratios_of_the_results():
                  for precision in ("float32", "mixed_bfloat16") for name in ("seed_dcgan", "lab_dcgan")]
     measured += [results["transfer"]["strategies"][name]["times_as_fast"] for name in ("frozen", "partial")]
     measured += [decode["keras grey"]["decode"], decode["keras rgb"]["decode"], round(decode["keras grey"]["cached"])]
+    measured += [results["audit"]["times_as_fast"]]
     section = (ROOT / "README.md").read_text().partition("## Speed")[2].partition("\n## ")[0]
     shown = [float(value) for value in re.findall(r"\| ([\d.]+) \| `\w+\.py` \|", section)]
     assert shown == measured
