@@ -177,7 +177,7 @@ def strategy_grid(loaded):
         for cells, value in ((aucs, found.value), (texts, f"{found.value:.3f}\n{found.low:.3f}–{found.high:.3f}")):
             cells[config["strategy"]][f"{config['backbone']}\n{start}"] = value
     columns = [name for name in ("frozen", "partial", "full") if name in aucs]
-    return pd.DataFrame(aucs)[columns], pd.DataFrame(texts)[columns]
+    return tuple(pd.DataFrame(cells).sort_index()[columns] for cells in (aucs, texts))
 
 
 def pretty(rows):
