@@ -115,7 +115,7 @@ publish: $(READY)  ## copy the records, figures and exported models of a full ru
 	cp -n $(RUN)/results/records/*.json $(PUBLISHED)/records/
 	mkdir -p $(PUBLISHED)/models
 	for about in $(wildcard $(RUN)/models/*.json); do cp -n $$about $${about%.json}.keras $(PUBLISHED)/models/; done
-	$(if $(filter results/chest_xray,$(PUBLISHED)),cp $(RUN)/figures/*.png figures/)
+	$(if $(filter results/chest_xray%,$(PUBLISHED)),cp $(RUN)/figures/*.png figures/)
 	$(MAKE) report
 
 report: $(READY)  ## check every published number against its predictions; rewrite the tables of README and model card, and the reports

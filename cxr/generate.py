@@ -106,7 +106,8 @@ def judge(generator, real, held_out, spaces, *, seed=0):
     Args:
         generator: of a `gan.GAN`.
         real, held_out: training images, and those that it never saw.
-        spaces: dict name → function from uint8 images to float features `(n, d)`, which are standardised here.
+        spaces: dict name → function from uint8 images to float features `(n, d)`, which are centred
+            here and brought to a mean variance of one; not each alone, or one silent on reals would outweigh the rest.
 
     Returns:
         For each space `kid`, `kid_error`, `kid_of_real`, `fid`, `num` (fakes and held-out reals behind them),
@@ -115,7 +116,7 @@ def judge(generator, real, held_out, spaces, *, seed=0):
     fakes, out = gan.sample(generator, NUM_FAKES, seed=seed + 1000), {}
     for name, describe in spaces.items():
         train, new, fake = (np.asarray(describe(pictures), "float64") for pictures in (real, held_out, fakes))
-        mean, scale = train.mean(0), train.std(0) + 1e-3 * train.std() + 1e-9
+        mean, scale = train.mean(0), np.sqrt(train.var(0).mean()) + 1e-9
         train, new, fake = ((rows - mean) / scale for rows in (train, new, fake))
         value, error = gan.kid(new, fake, seed=seed)
         density, coverage = gan.density_and_coverage(new, fake)

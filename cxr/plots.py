@@ -262,6 +262,8 @@ def forest(rows, *, reference=None, xlabel="AUC on test, 95 % interval", narrow=
     height = len(rows) + sum(bool(section) for section in sections)
     figure, axis = plt.subplots(figsize=(4.1, 0.9 + 0.46 * height) if narrow else (9, 0.9 + 0.3 * height))
     ticks, labels, across = [], [], {"transform": axis.get_yaxis_transform(), "va": "center"}
+    wide = np.nanmax([abs(row[side] - (reference or 0)) for row in rows for side in ("value", "low", "high")])
+    digits = 3 if wide > 0.005 else 4
     for section in sections:
         if section:
             axis.text(0, len(ticks), section, fontweight="bold", **across)
@@ -272,8 +274,8 @@ def forest(rows, *, reference=None, xlabel="AUC on test, 95 % interval", narrow=
             axis.plot(seeds, [y + 0.24] * len(seeds), "o", color=colour, ms=2.5, alpha=0.6)
             axis.hlines(y, row["low"], row["high"], color=colour, lw=2.2)
             axis.plot(row["value"], y, "o", color=colour, ms=6.5, mec="white")
-            text = "" if np.isnan(row["low"]) else f"  [{row['low']:.3f}, {row['high']:.3f}]"
-            axis.text(1 if narrow else 1.02, y - 0.38 * narrow, f"{row['value']:.3f}{text}", fontsize=9,
+            text = "" if np.isnan(row["low"]) else f"  [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+            axis.text(1 if narrow else 1.02, y - 0.38 * narrow, f"{row['value']:.{digits}f}{text}", fontsize=9,
                       ha="right" if narrow else "left", **across)
             if narrow:
                 axis.text(0, y - 0.38, row["label"], **across)
