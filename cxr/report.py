@@ -131,7 +131,7 @@ def update_readme(path, loaded):
         rows = table(cohorts(runs)[0], threshold=threshold)
         blocks.append("\n\n".join([f"### {data['source']}", *([f"**{SYNTHETIC}**"] if data["synthetic"] else []),
                                    answer(rows, *headline(folder, rows)), markdown_table(rows),
-                                   *beside_markdown(reported_vs_measured(sum(cohorts(runs), [])))]))
+                                   *beside_markdown(reported_vs_measured(runs))]))
     rewrite(path, "\n\n".join(blocks))
 
 
@@ -222,14 +222,11 @@ SCENARIOS = {"reading support": 0.95, "screening": 0.99}  # sensitivity wanted; 
 PREVALENCES = 0.05, 0.2, 0.625  # of a practice, of a ward, of the test folder
 
 
-def consequences(runs):
-    """Return what the headline would do among 1,000 patients, for scenarios that ask for a sensitivity on validation.
+def consequences(average):
+    """Return what a seed-averaged score would do among 1,000 patients, for scenarios that ask for a sensitivity.
 
     Thresholds come from the shifted validation images where there are any, sensitivity and specificity from test.
     """
-    if runs[0]["purpose"] != "classify":
-        return pd.DataFrame()
-    average = compare.seed_average([run["frame"] for run in runs])
     parts = dict(list(average.groupby("split")))
     source = parts.get("val_shifted", parts["val"])
     rows = []
@@ -258,16 +255,15 @@ def _section(part, loaded, baselines, note, threshold):
             ranked.sort_values("value", ascending=False).to_dict("records"), reference=0, synthetic=note,
             xlabel=f"difference in AUC to “{section['reference']}”",
             caption="Difference in test AUC, 95 % interval over patients and seeds; right of the dots is better.")
-    aucs, texts = strategy_grid([run for run in loaded if run["group"] in part.index])
+    aucs, texts = strategy_grid(part, loaded)
     if len(aucs) > 1:
         section["grid"] = _picture(plots.heat_table(aucs, texts=texts, synthetic=note),
                                    "Test AUC of the seed-averaged score with its 95 % interval over patients.")
     return section
 
 
-def _headline_figures(runs, note, threshold):
+def _headline_figures(runs, average, note, threshold):
     """Operating points, confusion matrix, calibration and training curves of the headline's run group."""
-    average = compare.seed_average([run["frame"] for run in runs])
     thresholds = evaluate.frame_thresholds(average, runs[0]["purpose"])
     test, name = average[average["split"] == "test"], threshold_of(runs[0], threshold)
     confusion = plots.confusion_matrix(test["y_true"], test["y_score"] >= thresholds[name], synthetic=note)
@@ -304,11 +300,8 @@ def _probes(loaded, group, note):
                 "changed (large dot).")}
 
 
-def _suspected(runs, *, most=15):
+def _suspected(average, *, most=15):
     """Return how many labels of validation and test the headline denies, and the surest of them by image id."""
-    if runs[0]["purpose"] != "classify":
-        return {"count": 0}
-    average = compare.seed_average([run["frame"] for run in runs])
     found = trust.suspected_labels(average[average["split"].isin(["val", "test"])])
     shown = found.head(most)
     return {"count": len(found), "table": pd.DataFrame({
@@ -331,6 +324,8 @@ def _page(results_dir, loaded):
         sections += [_section(part, cohort, extra[trivial], note, threshold) | {"other_test_set": True}
                      for _, part in extra[~trivial].groupby(["purpose", "notebook"], sort=False)]
     shown, runs = curves(rows, main, chosen=chosen), by_group(main)[chosen]
+    average = compare.seed_average([run["frame"] for run in runs])
+    decides = runs[0]["purpose"] == "classify"
     pairs = {label: (test["y_true"], test["y_score"]) for label, test in shown.items()}
     name = threshold_of(runs[0], threshold)
     point = {next(iter(pairs)): {name: float(np.mean([run["thresholds"][name] for run in runs]))}}
@@ -338,16 +333,16 @@ def _page(results_dir, loaded):
                 for row in section["comparisons"].itertuples() if row.verdict in ("worse", "not shown")]
     return {
         "data": data, "note": SYNTHETIC if note else "", "answer": answer(rows, chosen, why), "row": rows.loc[chosen],
-        "beside": reported_vs_measured(sum(cohorts(loaded), [])),
+        "beside": reported_vs_measured(loaded),
         **{key: reported()[key] for key in ("claims", "references")},
         "forest": _forest(forest_rows(rows, main), reference=0.5, synthetic=note, xlabel="AUC on test",
                           caption="AUC of the seed-averaged score on test with its 95 % interval over patients; small "
                                   "dots: single seeds; grey: no training at all; dotted line: chance."),
         "curves": _picture(plots.roc_and_precision_recall(pairs, thresholds=point, synthetic=note),
                            "Seed-averaged scores on test; the dot is the headline at its threshold."),
-        "probes": _probes(loaded, chosen, note), "figures": _headline_figures(runs, note, threshold),
+        "probes": _probes(loaded, chosen, note), "figures": _headline_figures(runs, average, note, threshold),
         "operating": operating_table(runs), "sections": sections,
-        "consequences": consequences(runs), "suspected": _suspected(runs),
+        **({"consequences": consequences(average), "suspected": _suspected(average)} if decides else {}),
         "negative": negative, "records": loaded, "num_groups": len(by_group(loaded)), "num_test": runs[0]["num_test"],
         "calibration": {key: np.mean([run["calibration"][key] for run in runs]) for key in runs[0]["calibration"]},
     }

@@ -161,20 +161,18 @@ def _row(runs, threshold):
             "gap": values("auc", "val").mean() - auc.mean(), "ece": values("ece").mean()}
 
 
-def strategy_grid(loaded):
+def strategy_grid(rows, loaded):
     """Return test AUCs, and the same as text with intervals: a row for each backbone and start, a column a strategy.
 
-    Both are of the seed-averaged score; `loaded` is what one table may hold. Without transfer both are empty.
+    Both are of the seed-averaged score, from rows of `table(loaded)`. Without transfer both are empty.
     """
-    aucs, texts = collections.defaultdict(dict), collections.defaultdict(dict)
-    for runs in by_group(loaded).values():
-        config = runs[0]["config"]
+    aucs, texts, groups = collections.defaultdict(dict), collections.defaultdict(dict), by_group(loaded)
+    for row in rows.itertuples():
+        config = groups[row.Index][0]["config"]
         if not config.get("strategy"):
             continue
-        average = compare.seed_average(frames(runs))
-        found = evaluate.bootstrap_auc(average["y_true"], average["y_score"], average["patient_id"])
         start = (config["weights"] or "random").replace("_", " ")
-        for cells, value in ((aucs, found.value), (texts, f"{found.value:.3f}\n{found.low:.3f}–{found.high:.3f}")):
+        for cells, value in ((aucs, row.averaged), (texts, f"{row.averaged:.3f}\n{row.low:.3f}–{row.high:.3f}")):
             cells[config["strategy"]][f"{config['backbone']}\n{start}"] = value
     columns = [name for name in ("frozen", "partial", "full") if name in aucs]
     return tuple(pd.DataFrame(cells).sort_index()[columns] for cells in (aucs, texts))
@@ -250,7 +248,7 @@ def reported_vs_measured(loaded):
     """
     rows = []
     for study in reported()["studies"]:
-        for runs in by_group(loaded).values():
+        for runs in by_group(sum(cohorts(loaded), [])).values():
             config, variant = runs[0]["config"], runs[0]["variant"].partition(", ")[0]  # behind a comma: its start
             if (runs[0]["notebook"], variant.lower()) != (study["notebook"], study["variant"].lower()):
                 continue

@@ -284,7 +284,7 @@ def test_page_of_baselines_alone_can_be_made(tmp_path):
 
 def test_consequences_add_up_and_screening_misses_less(loaded):
     runs = next(runs for runs in report.by_group(loaded).values() if runs[0]["variant"] == "lab recipe")
-    rows = report.consequences(runs)
+    rows = report.consequences(compare.seed_average([run["frame"] for run in runs]))
     counts = rows[[f"{name} of 1,000" for name in ("found", "missed", "false alarms", "cleared")]]
     assert len(rows) == 6 and (counts.sum(axis=1) - 1000).abs().max() <= 2
     support, screening = (rows[rows["scenario"].str.startswith(name)] for name in report.SCENARIOS)
@@ -300,7 +300,7 @@ def test_strategies_stand_beside_each_other_for_each_network_and_start(tmp_path)
             run.save(f"{strategy} {weights}", about, seed, scores(run.manifest, strength / 2, seed))
     add(run, "no transfer", 1.0)
     found = report.load(run.results, intervals=False)
-    aucs, texts = report.strategy_grid(found)
+    aucs, texts = report.strategy_grid(report.table(found), found)
     assert list(aucs.columns) == ["frozen", "full"] and list(aucs.index) == ["resnet_50\nimagenet", "resnet_50\nrandom"]
     assert np.isnan(aucs.loc["resnet_50\nrandom", "frozen"]), "what was not run stays empty"
     averaged = report.table(found)["averaged"]
