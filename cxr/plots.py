@@ -222,7 +222,7 @@ def heat_table(table, *, texts=None, fmt="{:.3f}", xlabel="", ylabel="", cmap="B
             axis.text(column, row, texts.iloc[row, column] if texts is not None else fmt.format(value),
                       ha="center", va="center",
                       color="white" if value > low + 0.6 * (high - low) else INK)
-    axis.set_xticks(range(values.shape[1]), table.columns)
+    axis.set_xticks(range(values.shape[1]), [textwrap.fill(str(name), 14) for name in table.columns])
     axis.set_yticks(range(values.shape[0]), table.index)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.grid(visible=False)
