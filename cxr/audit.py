@@ -65,7 +65,7 @@ def _near_duplicates(manifest, cache_dir):
     key = records.canonical_sha256([decode.VERSION, dedup.VERSION, unique["pixel_sha256"].tolist()])[:24]
     path = data.cache_folder(cache_dir) / f"near-{key}.json"
     if (pairs := data.read_cached(path)) is None:
-        pairs = dedup.near_pairs(data.load_images(unique, 224, cache_dir=cache_dir))
+        pairs = dedup.near_pairs(data.load_images(unique, SMALLEST, cache_dir=cache_dir))
         data.write_cached(path, pairs)
     i, j = np.array([pair[:2] for pair in pairs], int).reshape(-1, 2).T
     image, split, patient = (unique[name].to_numpy() for name in ("image_id", "split", "patient_id"))
