@@ -25,7 +25,7 @@ def export(run, record, folder):
     model, size = train.load_model(run, record), record["config"]["image_size"]
     rows = np.flatnonzero(run.manifest["split"].isin(["train", "val"]))
     images = run.images(size)[rows[::-(-len(rows) // 1000)]]
-    features = outputs(features_of(model), images[..., None], batch_size=64)
+    features = outputs(features_of(model), images[..., None])
     small_images = np.stack([decode.fit(image, SIDE) for image in images]).astype("float32")
     known = {"mean": features.mean(0).round(5).tolist(), "std": features.std(0).round(5).tolist(),
              "image": small_images.mean(0).round(1).tolist()}

@@ -239,7 +239,7 @@ def contact_sheets(film, columns=4):
 def sample(generator, count=None, *, seed=0, codes=None):
     """Return fakes, uint8 `(count, size, size)`, of drawn or given codes."""
     codes = np.random.default_rng(seed).normal(size=(count, LATENT)).astype("float32") if codes is None else codes
-    fakes = outputs(generator, codes, batch_size=128)[..., 0]
+    fakes = outputs(generator, codes)[..., 0]
     return np.uint8(np.round(127.5 * (np.clip(fakes, -1, 1) + 1)))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from keras import layers
 
 from cxr import augment, models
-from cxr.fitting import windows
+from cxr.fitting import at_once, windows
 
 STRATEGIES = ("frozen", "partial", "full")
 
@@ -178,7 +178,7 @@ def run_once(body, images, folder):
     return np.load(path, mmap_mode="r")
 
 
-def _store(body, images, path, batch_size=64):
+def _store(body, images, path):
     shape = (len(images), *body.output.shape[1:])
     dtype = np.dtype("float16" if len(shape) == 2 else "float32")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def _store(body, images, path, batch_size=64):
     try:
         stored = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
         progress = keras.utils.Progbar(len(images), unit_name="image")
-        for window in windows(len(images), batch_size):
+        for window in windows(len(images), at_once()):
             stored[window] = body.predict_on_batch(images[window][..., None])
             progress.update(window.stop)
         stored.flush()

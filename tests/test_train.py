@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from keras import layers
 
-from cxr import config, fitting, records, train
+from cxr import augment, config, fitting, models, records, train
 
 RECIPE = train.Recipe(model="tiny", image_size=16, epochs=3, batch_size=16, learning_rate=3e-3)
 
@@ -116,6 +116,22 @@ def test_best_epoch_is_restored_and_patience_stops(tmp_path):
     from sklearn.metrics import roc_auc_score
 
     assert roc_auc_score(val[1], train.predict(model, val[0])) == pytest.approx(max(history["val_auc"]), abs=1e-5)
+
+
+def test_a_network_compiled_before_trains_to_the_bit_as_a_new_one(tmp_path):
+    recipe = dataclasses.replace(RECIPE, image_size=32, epochs=2, schedule="cosine", augment="shift_zoom")
+    images, labels = (np.repeat(np.repeat(part, 2, 1), 2, 2) if part.ndim == 3 else part for part in easy())
+
+    def run(seed, name):
+        fitting.start_fresh(seed)
+        model = models.lab_cnn(32, augment.stack(recipe.augment))
+        train.fit(model, recipe, images, labels, {"val": (images, labels)}, seed=seed, folder=tmp_path / name)
+        return model
+
+    first, second = run(0, "a"), run(1, "b")
+    assert fitting._kept["model"] is first, "the second did not use the first one's compiled step"
+    fitting._kept.clear()
+    np.testing.assert_array_equal(weights(second), weights(run(1, "c")))
 
 
 class KilledError(Exception):
