@@ -16,7 +16,7 @@ from scipy.sparse import coo_array, csgraph
 VERSION = "v2"  # raise it when other pairs come out; cached results carry it
 SAME_FILM = 0.75
 _NEIGHBOURS, _ALIKE = 3, 0.35  # proposals an image, and the least likeness of one before it is aligned
-_LIKELY = 0.8  # coarse correlation above which a pair is looked at closely: verified copies reach 0.86, others rarely 0.75
+_LIKELY = 0.8  # coarse correlation above which a pair is looked at closely: verified copies reach 0.86, others 0.75
 
 
 def exact_groups(manifest, column="pixel_sha256"):

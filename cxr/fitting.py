@@ -13,7 +13,6 @@ from sklearn import metrics
 
 from cxr import augment, records
 
-
 _kept = {}  # the model that was compiled last, and what it was compiled for
 
 

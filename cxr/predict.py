@@ -11,13 +11,12 @@ import pathlib
 import zipfile
 
 import cv2
-import jinja2
 import numpy as np
 import pandas as pd
 import PIL.Image
 import tqdm
 
-from cxr import data, decode, deploy, evaluate, explain, records, train
+from cxr import data, decode, deploy, evaluate, explain, pages, records, train
 from cxr.fitting import predict
 
 COLUMNS = ["file", "sha256", "probability", "calibrated_probability", "decision", "out_of_distribution", "warnings",
@@ -201,21 +200,16 @@ def _write_table(rows, about, out):
 
 def write_page(table, about, out):
     """Write `index.html` in `out`: every file with its probability, decision, map and warnings; return its path."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True,
-                                     trim_blocks=True, lstrip_blocks=True)
     rows = table.to_dict("records")
     for row in rows:
         row["name"] = pathlib.Path(row["file"]).name
         path = _heatmap_path(pathlib.Path(out), row["sha256"])
         row["picture"] = row["sha256"] and "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode()
     rows.sort(key=lambda row: (bool(row["error"]), -float(row["probability"] or 0)))
-    page = environment.get_template("predict.html.j2").render(
-        rows=rows, about=about, failed=sum(bool(row["error"]) for row in rows),
-        flagged=sum(row["out_of_distribution"] is True for row in rows),
+    return pages.write(
+        pathlib.Path(out) / "index.html", "predict.html.j2", rows=rows, about=about,
+        failed=sum(bool(row["error"]) for row in rows), flagged=sum(row["out_of_distribution"] is True for row in rows),
         called=sum(row["decision"] == "pneumonia" for row in rows), cut=about["thresholds"][about["threshold"]])
-    path = pathlib.Path(out) / "index.html"
-    records.write_atomic(path, page)
-    return path
 
 
 def external(source, model, about, out, *, cache_dir=None):

@@ -27,7 +27,7 @@ SCHEMA = 1
 PREDICTION_COLUMNS = ["image_id", "patient_id", "split", "y_true", "y_score"]
 # The code that decides what a smoke record holds. Presentation (plots, report, command line) may change without effect.
 _PRESENTATION = {"plots.py", "trustplots.py", "tables.py", "compare.py", "report.py", "card.py", "__main__.py",
-                 "audit.py"}
+                 "audit.py", "pages.py"}
 
 
 def write_atomic(path, content):

@@ -10,12 +10,11 @@ import json
 import pathlib
 import re
 
-import jinja2
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from cxr import compare, evaluate, plots, records, trust, trustplots
+from cxr import compare, evaluate, pages, plots, records, trust, trustplots
 from cxr.tables import (  # the one module whose names are passed on: a notebook needs `report` alone
     MIN_SEEDS,
     ReportError,
@@ -155,11 +154,7 @@ def html(results_dir, out_path, *, loaded=None):
     `loaded`: what `load(results_dir)` gave, where the caller has it already (checking takes about half a second a run).
     """
     page = _page(results_dir, load(results_dir) if loaded is None else loaded)
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True,
-                                     trim_blocks=True, lstrip_blocks=True)
-    environment.filters["p"] = p_text
-    records.write_atomic(out_path, environment.get_template("report.html.j2").render(page))
-    return pathlib.Path(out_path)
+    return pages.write(out_path, "report.html.j2", {"p": p_text}, **page)
 
 
 def _picture(figure, caption, narrow=None):
@@ -222,22 +217,25 @@ SCENARIOS = {"reading support": 0.95, "screening": 0.99}  # sensitivity wanted; 
 PREVALENCES = 0.05, 0.2, 0.625  # of a practice, of a ward, of the test folder
 
 
-def consequences(average):
-    """Return what a seed-averaged score would do among 1,000 patients, for scenarios that ask for a sensitivity.
-
-    Thresholds come from the shifted validation images where there are any, sensitivity and specificity from test.
-    """
+def scenario_thresholds(average):
+    """Return scenario → threshold of a seed-averaged score, from its shifted validation images where there are any."""
     parts = dict(list(average.groupby("split")))
     source = parts.get("val_shifted", parts["val"])
-    rows = []
-    for name, sensitivity in SCENARIOS.items():
-        cut = evaluate.threshold_for_sensitivity(source["y_true"], source["y_score"], sensitivity)
-        seen = evaluate.metrics(parts["test"]["y_true"], parts["test"]["y_score"], {"cut": cut})
-        at = {key: seen[f"{key}@cut"] for key in ("sensitivity", "specificity")}
+    return {name: evaluate.threshold_for_sensitivity(source["y_true"], source["y_score"], wanted)
+            for name, wanted in SCENARIOS.items()}
+
+
+def consequences(average):
+    """Return what a seed-averaged score would do among 1,000 patients in each scenario, by its sensitivity on test."""
+    test, rows = average[average["split"] == "test"], []
+    for name, cut in scenario_thresholds(average).items():
+        at = evaluate.metrics_with_intervals(test["y_true"], test["y_score"], test["patient_id"], {"cut": cut})
+        at = {key: at[f"{key}@cut"] for key in ("sensitivity", "specificity")}
         for prevalence in PREVALENCES:
-            counts = evaluate.per_thousand(*at.values(), prevalence)
-            rows.append({"scenario": f"{name}, sensitivity {sensitivity:g} on validation",
-                         **{key: f"{value:.3f}" for key, value in at.items()}, "prevalence": f"{prevalence:.1%}",
+            counts = evaluate.per_thousand(*(found.value for found in at.values()), prevalence)
+            rows.append({"scenario": f"{name}, sensitivity {SCENARIOS[name]:g} on validation",
+                         "threshold": f"{cut:.3f}", "prevalence": f"{prevalence:.1%}",
+                         **{key: f"{found.value:.3f} ({found.low:.3f}–{found.high:.3f})" for key, found in at.items()},
                          **{f"{key.replace('_', ' ')} of 1,000": round(value) for key, value in counts.items()}})
     return pd.DataFrame(rows)
 
