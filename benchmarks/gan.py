@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 from training import BATCH, RESULT, random_images, take_turns
 
-from cxr import fitting, gan, records
+from cxr import device, gan, records
 
 
 def torch_generator(widths, smooth):
@@ -81,10 +81,10 @@ def torch_side(name, size, images, steps, half):
 
 def keras_side(name, size, images, steps):
     """Return the same for the lab's model."""
-    fitting.start_fresh(0)
+    device.start_fresh(0)
     model = getattr(gan, name)(size, 0)
     model.stack = []  # both sides without augmentation
-    model.compile(keras.optimizers.Adam(2e-4, beta_1=0.5), jit_compile=fitting.jit_compile())
+    model.compile(keras.optimizers.Adam(2e-4, beta_1=0.5), jit_compile=device.jit_compile())
     batch = images[..., None]
     model(batch[:2])
     return (lambda: [model.train_on_batch(batch) for _ in range(steps)],
@@ -110,7 +110,7 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count())
     found = {}
-    for policy in dict.fromkeys(("float32", fitting.precision())):
+    for policy in dict.fromkeys(("float32", device.precision())):
         keras.config.set_dtype_policy(policy)
         found[policy] = {name: measure(name, options) for name in ("seed_dcgan", "lab_dcgan")}
     result = {"size": options.size, "batch_size": BATCH, "steps": options.steps, "turns": options.turns, "gans": found,

@@ -122,7 +122,7 @@ def measure(films, steps):
     batches = fitting.Batches(rng.integers(0, 256, (16 * steps, 180, 180)).astype("uint8"), np.arange(16 * steps) % 2,
                               16, seed=0)
     network = models.resnet18(180)
-    fitting._compile(network, fitting.Recipe("resnet18", 180, 1), batches.labels, steps)
+    network = fitting._compile(network, fitting.Recipe("resnet18", 180, 1), batches.labels, steps)
     network.train_on_batch(*batches[0])  # compiles
     found["resnet18_per_image"] = _processor(lambda: network.fit(batches, verbose=0, shuffle=False)) / (16 * steps)
     return {"films": films, "steps": steps, "processor_seconds": {key: float(f"{value:.4g}")

@@ -74,7 +74,7 @@ def keras_side(build, size, images, labels):
     """Return a function that trains one epoch, and the number of trained parameters."""
     model = build(size)
     batches = fitting.Batches(images, labels, BATCH, seed=0)
-    fitting._compile(model, fitting.Recipe(build.__name__, size, 1, weight_decay=1e-3), labels, len(batches))
+    model = fitting._compile(model, fitting.Recipe(build.__name__, size, 1, weight_decay=1e-3), labels, len(batches))
     parameters = sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
     return lambda: model.fit(batches, verbose=0, shuffle=False), parameters
 

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from cxr.fitting import compiled, outputs
+from cxr.device import compiled, outputs
 from cxr.models import TrainingOnly, image_input
 
 

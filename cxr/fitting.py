@@ -12,6 +12,7 @@ from keras import ops
 from sklearn import metrics
 
 from cxr import augment, records
+from cxr.device import compiled, num_devices, predict
 
 _kept = {}  # the model that was compiled last, and what it was compiled for
 
@@ -97,7 +98,7 @@ class Batches(keras.utils.PyDataset):
         if len(images) < 2 or batch_size < 2:
             raise ValueError(f"Training needs at least two images a batch; got {len(images)} images and "
                              f"batch_size={batch_size}. Batch statistics and mixing are undefined for one.")
-        self.devices = _num_devices()
+        self.devices = num_devices()
         if batch_size % self.devices:
             raise ValueError(f"batch_size={batch_size} cannot be split among {self.devices} devices; take a multiple.")
         self.images, self.labels = images, np.asarray(labels, "float32")
@@ -248,38 +249,6 @@ def save_atomic(save, path):
         temporary.unlink(missing_ok=True)
 
 
-def windows(count, size):
-    """Return slices that cover `count` items, all of one length, so that a network is traced once.
-
-    The last one reaches back over its neighbour.
-    """
-    size = min(size, count)
-    return [slice(start, start + size) for start in (*range(0, count - size, size), count - size)]
-
-
-def at_once():
-    """Return how many images a network sees at once outside training.
-
-    Few on a processor, whose caches then hold what stands between the layers: a quarter to a half less time than 256.
-    """
-    return 32 if on_cpu() else 256
-
-
-def outputs(model, inputs):
-    """Return what `model` puts out for `n` inputs, as it takes them: float32 `(n, …)`."""
-    found = None
-    for window in windows(len(inputs), at_once()):
-        part = np.asarray(model.predict_on_batch(np.asarray(inputs[window])))
-        found = np.empty((len(inputs), *part.shape[1:]), "float32") if found is None else found
-        found[window] = part
-    return found
-
-
-def predict(model, images):
-    """Return the model's score of each image: float64 `(n,)`, for uint8 images `(n, size, size)` or activations."""
-    return outputs(model, images[..., None] if images.dtype == "uint8" else images)[:, 0].astype(float)
-
-
 def class_weights(labels, balance):
     """Return the loss weights `(negative, positive)` of a balancing rule for 0/1 labels."""
     if balance == "class_weight":
@@ -303,51 +272,6 @@ class DiscriminativeAdamW(keras.optimizers.AdamW):
         """Update one variable at its own rate."""
         share = self.shares[self._get_variable_index(variable)]
         super().update_step(gradient, variable, ops.cast(learning_rate, variable.dtype) * share)
-
-
-def on_cpu():
-    """Return whether Keras sees no device but processors."""
-    return all(name.startswith("cpu") for name in keras.distribution.list_devices())
-
-
-def jit_compile():
-    """Return Keras's option: XLA halves the speed of convolutions on a CPU under TensorFlow; elsewhere Keras knows."""
-    return False if keras.backend.backend() == "tensorflow" and on_cpu() else "auto"
-
-
-def precision():
-    """Return the dtype policy that pays: bfloat16 where the device multiplies it in hardware, else float32.
-
-    Weights stay float32 either way. A processor without AMX is many times slower in bfloat16.
-    """
-    flags = pathlib.Path("/proc/cpuinfo")
-    amx = keras.backend.backend() == "tensorflow" and flags.is_file() and "amx_bf16" in flags.read_text()
-    return "mixed_bfloat16" if amx or not on_cpu() else "float32"
-
-
-def compiled(model, optimizer, loss=None, **options):
-    """Compile a built model as this device likes it, and return it.
-
-    The optimizer is built before the first step: variables that are made inside it would have it traced twice.
-    """
-    model.compile(optimizer, loss, jit_compile=jit_compile(), **options)
-    model.optimizer.build(model.trainable_variables)
-    return model
-
-
-def _num_devices():
-    """Return among how many devices each batch is split: 1, unless a notebook sets `keras.distribution`."""
-    distribution = keras.distribution.distribution()
-    return distribution.device_mesh.devices.size if distribution else 1
-
-
-def start_fresh(seed):
-    """Forget earlier models, seed Python, NumPy and Keras; keep dtype policy and distribution, which Keras forgets."""
-    policy, distribution = keras.config.dtype_policy(), keras.distribution.distribution()
-    keras.utils.clear_session()
-    keras.config.set_dtype_policy(policy)
-    keras.distribution.set_distribution(distribution)
-    keras.utils.set_random_seed(seed)
 
 
 def _compile(model, recipe, labels, steps):

@@ -12,7 +12,8 @@ import numpy as np
 from keras import layers, ops
 from sklearn import metrics, neighbors
 
-from cxr.fitting import Batches, back_up, compiled, outputs, restore, save_atomic
+from cxr.device import compiled, outputs
+from cxr.fitting import Batches, back_up, restore, save_atomic
 
 LATENT = 100
 

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from cxr import augment, deploy, fitting, gan, models, train
+from cxr import augment, deploy, device, fitting, gan, models, train
 
 NUM_FAKES = 500
 
@@ -80,7 +80,7 @@ def trained(run, variant, recipe, build, images, manifest, spaces, seed=0):
     if record := run.load(run_id):
         return Drawn(record, train.load_model(run, record), np.load(film_path))
     start = time.monotonic()
-    fitting.start_fresh(seed)
+    device.start_fresh(seed)
     folder = run.directory / "cache" / "backup" / run_id
     real = images[train_rows(manifest, recipe.label)]
     model = build(recipe.image_size, seed)
@@ -130,7 +130,7 @@ def judge(generator, real, held_out, spaces, *, seed=0):
 def features(model):
     """Return a function from images to what the classifier of `model` reads, float `(n, d)`."""
     body = deploy.features_of(model)
-    return lambda images: fitting.outputs(body, images[..., None])
+    return lambda images: device.outputs(body, images[..., None])
 
 
 def pixels(images, side=16):
@@ -153,14 +153,14 @@ def real_or_fake(generator, real, images, manifest, held, *, seed=0, epochs=3):
     keras.utils.set_random_seed(seed)
     model = models.lab_cnn(real.shape[1])
     batches = fitting.Batches(np.concatenate([real, drawn["train"]]), np.repeat((0, 1), len(real)), 32, seed)
-    fitting.compiled(model, "adam", "binary_crossentropy").fit(batches, epochs=epochs, verbose=0, shuffle=False)
+    device.compiled(model, "adam", "binary_crossentropy").fit(batches, epochs=epochs, verbose=0, shuffle=False)
     parts = []
     for name, rows in held.items():
         about = manifest.iloc[rows][["image_id", "patient_id", "split"]]
-        parts.append(about.assign(y_true=0, y_score=fitting.predict(model, images[rows])))
+        parts.append(about.assign(y_true=0, y_score=device.predict(model, images[rows])))
         fakes = [f"fake/{name}/{number:04d}" for number in range(len(rows))]
         parts.append(pd.DataFrame({"image_id": fakes, "patient_id": fakes, "split": name, "y_true": 1,
-                                   "y_score": fitting.predict(model, drawn[name])}))
+                                   "y_score": device.predict(model, drawn[name])}))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -245,5 +245,5 @@ def scored_with_fakes(run, variant, model, record, fakes, images, manifest):
     table = table[~(table["split"].str.startswith("test") & table["y_true"].eq(1))]
     names = [f"fake/{number:04d}" for number in range(len(fakes))]
     added = pd.DataFrame({"image_id": names, "patient_id": names, "split": "test", "y_true": 1,
-                          "y_score": fitting.predict(model, fakes)})
+                          "y_score": device.predict(model, fakes)})
     return run.save(variant, config, record["seed"], pd.concat([table, added], ignore_index=True), manifest=manifest)

@@ -17,7 +17,7 @@ import PIL.Image
 import tqdm
 
 from cxr import data, decode, deploy, evaluate, explain, pages, records, train
-from cxr.fitting import predict
+from cxr.device import predict
 
 COLUMNS = ["file", "sha256", "probability", "calibrated_probability", "decision", "out_of_distribution", "warnings",
            "error"]

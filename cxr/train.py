@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from cxr import augment, engine, transfer
-from cxr.fitting import Recipe, fit, on_cpu, predict, save_atomic, start_fresh
+from cxr.device import on_cpu, predict, start_fresh
+from cxr.fitting import Recipe, fit, save_atomic
 
 __all__ = ["Recipe", "fit", "labels_of", "load_model", "on_cpu", "predict", "predictions", "repeat", "rescore",
            "sweep"]

@@ -10,7 +10,7 @@ import numpy as np
 from keras import layers
 
 from cxr import augment, models
-from cxr.fitting import at_once, windows
+from cxr.device import in_windows
 
 STRATEGIES = ("frozen", "partial", "full")
 
@@ -190,8 +190,8 @@ def _store(body, images, path):
     try:
         stored = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
         progress = keras.utils.Progbar(len(images), unit_name="image")
-        for window in windows(len(images), at_once()):
-            stored[window] = body.predict_on_batch(images[window][..., None])
+        for window, found in in_windows(body, images[..., None]):
+            stored[window] = found
             progress.update(window.stop)
         stored.flush()
         os.replace(temporary, path)

@@ -7,9 +7,10 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+import sklearn.metrics
 from keras import layers
 
-from cxr import augment, config, fitting, models, records, train
+from cxr import augment, config, device, fitting, models, records, train
 
 RECIPE = train.Recipe(model="tiny", image_size=16, epochs=3, batch_size=16, learning_rate=3e-3)
 
@@ -113,9 +114,8 @@ def test_best_epoch_is_restored_and_patience_stops(tmp_path):
     model, val = tiny(16), easy(60, seed=1)
     history = train.fit(model, recipe, *easy(), {"val": val}, seed=0, folder=tmp_path)
     assert len(history["val_auc"]) < 30
-    from sklearn.metrics import roc_auc_score
-
-    assert roc_auc_score(val[1], train.predict(model, val[0])) == pytest.approx(max(history["val_auc"]), abs=1e-5)
+    found = sklearn.metrics.roc_auc_score(val[1], train.predict(model, val[0]))
+    assert found == pytest.approx(max(history["val_auc"]), abs=1e-5)
 
 
 def test_a_network_compiled_before_trains_to_the_bit_as_a_new_one(tmp_path):
@@ -123,7 +123,7 @@ def test_a_network_compiled_before_trains_to_the_bit_as_a_new_one(tmp_path):
     images, labels = (np.repeat(np.repeat(part, 2, 1), 2, 2) if part.ndim == 3 else part for part in easy())
 
     def run(seed, name):
-        fitting.start_fresh(seed)
+        device.start_fresh(seed)
         model = models.lab_cnn(32, augment.stack(recipe.augment))
         train.fit(model, recipe, images, labels, {"val": (images, labels)}, seed=seed, folder=tmp_path / name)
         return model

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from cxr import augment, fitting, transfer
+from cxr import augment, device, fitting, transfer
 
 
 def trained_parameters(model):
@@ -87,7 +87,7 @@ def test_training_on_stored_activations_equals_the_plain_fit(strategy, tmp_path)
             inputs = transfer.run_once(body, images, tmp_path / "activations")
         histories.append(fitting.fit(part, recipe, inputs, labels, {"val": (inputs, labels)}, seed=0,
                                      folder=tmp_path / f"backup{stored}"))
-        scores.append(fitting.predict(model, images))  # the whole network holds what its tail has learnt
+        scores.append(device.predict(model, images))  # the whole network holds what its tail has learnt
     np.testing.assert_allclose(*scores, atol=1e-4)
     np.testing.assert_allclose(histories[0]["loss"], histories[1]["loss"], atol=1e-4)
 
