@@ -58,7 +58,9 @@ $(READY): requirements.txt requirements-dev.txt
 	$(PYTHON) -m pip install --quiet --no-deps --editable .
 	@touch $@
 
-reproduce: $(EXECUTED)  ## run the notebooks end to end and write the report
+# The longest first, so that no core waits for them at the end.
+LONGEST := $(foreach number,07 08,$(filter $(RUN)/notebooks/$(number)%,$(EXECUTED)))
+reproduce: $(LONGEST) $(EXECUTED)  ## run the notebooks end to end and write the report
 	@$(if $(CHOSEN),,echo "No notebook matches NOTEBOOKS=\"$(NOTEBOOKS)\"; there are $(ALL)" >&2; exit 2)
 	@echo "Done. Notebooks: $(RUN)/notebooks$(if $(filter %10_comparison_report.ipynb,$(EXECUTED)),   Report: $(RUN)/report.html)"
 
@@ -78,10 +80,9 @@ $(RUN)/notebooks/%.ipynb: notebooks/%.ipynb $(CODE) $(RUN)/.parameters | $(READY
 	  { echo "$@: a call with other parameters began meanwhile. Its turn first, then call again; records are kept." >&2; exit 1; }; \
 	mv -f $(@D)/.$*.running.ipynb $@
 
-# The report reads what the other notebooks wrote, and 09 probes the models that they saved.
+# The report reads what the other notebooks wrote, and 09 probes the classifiers that 02 to 06 saved.
 $(REPORT): $(filter-out $(REPORT),$(EXECUTED))
-TRUST := $(RUN)/notebooks/09_trust.ipynb
-$(TRUST): $(filter-out $(TRUST) $(REPORT),$(EXECUTED))
+$(RUN)/notebooks/09_trust.ipynb: $(foreach number,02 03 04 05 06,$(filter $(RUN)/notebooks/$(number)%,$(EXECUTED)))
 
 # Other parameters are another run: this file changes only when they do.
 $(RUN)/.parameters: FORCE

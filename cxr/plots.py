@@ -89,7 +89,7 @@ def histogram(groups, *, thresholds=None, xlabel="score", bins=40):
                   label=f"{name} (n = {np.size(values):,})")
     _mark(axis, {name: (threshold, name) for name, threshold in (thresholds or {}).items()}, top=0.97, step=-0.09)
     axis.set(xlabel=xlabel, ylabel="density")
-    axis.legend()
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(groups))  # above, where no threshold's name is
     return figure
 
 
@@ -247,7 +247,7 @@ def reliability(y_true, probabilities):
         line, = axis.plot(predicted, observed, label=f"{label} (ECE {error:.3f})")
         axis.scatter(predicted, observed, s=12 + 250 * count / count.sum(), color=line.get_color(), alpha=0.6)
     axis.set(xlabel="predicted probability", ylabel="observed share of pneumonia", aspect="equal")
-    figure.legend(loc="outside lower center")  # no corner is sure to be free
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15))  # no corner is sure to be free
     return figure
 
 

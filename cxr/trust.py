@@ -137,21 +137,25 @@ def probe(run, record, score, images, *, lungs, threshold):
                     probes=measure(frame, cut), seconds={"predict": round(time.monotonic() - start, 2)})
 
 
-def saved(run, *, most):
+def saved(run, notebooks):
     """Return the best configuration of each notebook whose networks are on this machine: dict label -> its records.
 
-    Best is the highest mean AUC on the shifted validation images; the best of all stands first, `most` are kept.
+    Best is the highest mean AUC on the shifted validation images; the best of all stands first.
+
+    Args:
+        run: `records.Run`.
+        notebooks: numbers of the notebooks to look at, such as `02`.
     """
     groups, best, same = {}, {}, records.fingerprint(run.manifest)["manifest_sha256"]
     for record in run.records():
         on_disk = (run.directory / "models" / f"{record['run_id']}.keras").is_file()
         usable = record["data"]["manifest_sha256"] == same and "val_shifted" in record["metrics"]
-        if record["purpose"] == "classify" and on_disk and usable:
+        if record["notebook"][:2] in notebooks and record["purpose"] == "classify" and on_disk and usable:
             groups.setdefault(record["run_id"].rsplit("-s", 1)[0], []).append(record)
     for found in groups.values():
         worth = np.mean([record["metrics"]["val_shifted"]["auc"]["value"] for record in found])
         best[found[0]["notebook"]] = max(best.get(found[0]["notebook"], (-1, [])), (worth, found), key=lambda x: x[0])
-    ranked = sorted(best.values(), key=lambda pair: -pair[0])[:most]
+    ranked = sorted(best.values(), key=lambda pair: -pair[0])
     return {f"{found[0]['notebook'][:2]} {found[0]['variant']}": sorted(found, key=lambda record: record["seed"])
             for _, found in ranked}
 

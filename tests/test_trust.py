@@ -135,13 +135,13 @@ def test_best_saved_configuration_of_each_notebook(lab):
     weak = run.predictions(record)
     other.save("weak", {"model": "weak"}, 0, weak.assign(y_score=1 - weak["y_score"]))
     strong = other.save("strong", {"model": "strong"}, 0, weak)
-    assert trust.saved(run, most=3) == {}
+    assert trust.saved(run, ("02", "09")) == {}
     for one in other.records():
         (run.directory / "models").mkdir(exist_ok=True)
         (run.directory / "models" / f"{one['run_id']}.keras").touch()
-    found = trust.saved(run, most=3)
+    found = trust.saved(run, ("02", "09"))
     assert found["02 strong"][0]["run_id"] == strong["run_id"] and "02 weak" not in found
-    assert len(trust.saved(run, most=1)) == 1
+    assert list(trust.saved(run, ("02",))) == ["02 strong"]
 
 
 def test_swapped_labels_are_suspected_and_clean_ones_are_not():
