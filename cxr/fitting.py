@@ -343,7 +343,7 @@ def fit(model, recipe, images, labels, watched, *, seed, folder):
     batches.shuffle()
     if not watch.finished(epoch):
         trained.fit(batches, epochs=recipe.epochs, initial_epoch=epoch, callbacks=[watch], verbose=2,
-                  shuffle=False)  # Batches has drawn the order; Keras would draw another one that a resumed run lacks
+                    shuffle=False)  # Batches has drawn the order; Keras would draw another one that a resumed run lacks
     if recipe.select == "best":
         trained.load_weights(watch.folder / f"{watch.best_epoch}.weights.h5")
     if trained is not model:
