@@ -46,7 +46,7 @@ def train(strategy, stored, count):
         if stored:
             body, part = transfer.split(model, strategy)
             parts = [transfer.run_once(body, pixels, folder) for pixels in parts]
-        history = fitting.fit(part, recipe, parts[0], labels[val:], {"val": (parts[1], labels[:val])}, seed=0,
+        history, _ = fitting.fit(part, recipe, parts[0], labels[val:], {"val": (parts[1], labels[:val])}, seed=0,
                               folder=pathlib.Path(folder) / "backup")
         return time.perf_counter() - start, history["loss"]
 

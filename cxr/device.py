@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 import pathlib
+import re
 
 import keras
 import numpy as np
@@ -51,6 +52,11 @@ def compiled(model, optimizer, loss=None, **options):
     model.compile(optimizer, loss, jit_compile=jit_compile(), **options)
     model.optimizer.build(model.trainable_variables)
     return model
+
+
+def blueprint(model):
+    """Return what `model` computes, but for its weights and random states, as text to compare or hash."""
+    return re.sub(r'"seed": \d+', "", model.to_json())
 
 
 def at_once():

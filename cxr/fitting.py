@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 
 import keras
 import numpy as np
@@ -12,7 +11,7 @@ from keras import ops
 from sklearn import metrics
 
 from cxr import augment, records
-from cxr.device import compiled, num_devices, predict
+from cxr.device import blueprint, compiled, num_devices, predict
 
 _kept = {}  # the model that was compiled last, and what it was compiled for
 
@@ -41,7 +40,7 @@ class Recipe:
         patience: epochs without a better `monitor` after which training stops, or `None`.
         split: `patient` (the protocol) or `image` (as the studies split, shares patients).
         weights: name of the weights it starts from, or `None`.
-        backbone, strategy: of `transfer.build`, or `None`.
+        backbone, strategy, domain: of `transfer.build`, or `None`.
     """
 
     model: str
@@ -63,6 +62,7 @@ class Recipe:
     backbone: str | None = None
     strategy: str | None = None
     backbone_rate: float = 1.0
+    domain: tuple | None = None
 
     def config(self):
         """Return the record's `config`: what identifies a recipe, and whatever differs from the default.
@@ -283,7 +283,7 @@ def _compile(model, recipe, labels, steps):
     negative, positive = class_weights(labels, recipe.balance)
     weights = float(negative), float(positive), recipe.label_smoothing
     baked = [recipe.learning_rate, recipe.schedule, recipe.epochs, steps, recipe.weight_decay, recipe.backbone_rate]
-    key = re.sub(r'"seed": \d+', "", model.to_json()), *weights, *baked, keras.distribution.distribution()
+    key = blueprint(model), *weights, *baked, keras.distribution.distribution()
     if _kept.get("key") == key:
         _copy_state(model, _kept["model"])
         for variable in _kept["model"].optimizer.variables:
@@ -322,7 +322,8 @@ def fit(model, recipe, images, labels, watched, *, seed, folder):
         folder: of the backup; left for the caller to remove once the result is safe.
 
     Returns:
-        dict of per-epoch lists. The model holds the selected weights.
+        `(history, compiled)`: dict of per-epoch lists, and a model equal to `model` that need not be traced again for
+        predictions. Both hold the selected weights; `compiled` only until the next `fit`.
 
     Raises:
         ValueError: a class without images, or fewer than two images a batch.
@@ -348,4 +349,4 @@ def fit(model, recipe, images, labels, watched, *, seed, folder):
         trained.load_weights(watch.folder / f"{watch.best_epoch}.weights.h5")
     if trained is not model:
         _copy_state(trained, model)
-    return watch.history
+    return watch.history, trained

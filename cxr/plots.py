@@ -291,13 +291,18 @@ def forest(rows, *, reference=None, xlabel="AUC on test, 95 % interval", narrow=
 
 
 @_styled
-def operating_points(y_true, y_score, thresholds):
+def operating_points(y_true, y_score, thresholds, others=None):
     """Show sensitivity and specificity against the threshold of a probability, with the frozen `thresholds` marked.
 
     The axis is spaced by the logit, because most probabilities of a trained network crowd at 0 and 1.
+
+    Args:
+        others: dict label → `(n, 2)` sensitivities and specificities of other models; with them a second panel shows
+            one against the other.
     """
     truth, place = np.asarray(y_true) == 1, lambda p: special.logit(np.clip(p, 1e-4, 1 - 1e-4))
-    figure, axis = plt.subplots(figsize=(6.8, 3.9))
+    figure, axes = plt.subplots(1, 1 + bool(others), figsize=(12.4 if others else 6.8, 3.9), squeeze=False)
+    axis = axes[0, 0]
     grid = np.linspace(place(0), place(1), 400)
     called = np.asarray(y_score)[:, None] >= special.expit(grid)
     axis.plot(grid, called[truth].mean(0), color=ABNORMAL, label="sensitivity")
@@ -308,7 +313,23 @@ def operating_points(y_true, y_score, thresholds):
     axis.set_xticks(place(ticks), ticks)
     axis.set(xlabel="threshold", ylabel="share of images", ylim=(-0.02, 1.02))
     axis.legend(loc="center left")
+    if others:
+        _trade(axes[0, 1], y_true, np.asarray(y_score), thresholds, others)
     return figure
+
+
+def _trade(axis, y_true, y_score, thresholds, others):
+    """Draw sensitivity against specificity: the curve of a score, its frozen thresholds, and points of other models."""
+    false_positives, sensitivity, _ = metrics.roc_curve(y_true, y_score, drop_intermediate=False)
+    axis.plot(1 - false_positives, sensitivity, color=INK, label="this model, every threshold")
+    truth = np.asarray(y_true) == 1
+    at = [((y_score[~truth] < cut).mean(), (y_score[truth] >= cut).mean()) for cut in thresholds.values()]
+    axis.plot(*np.transpose(at), "o", color=INK, ms=8, label="at " + ", ".join(thresholds).replace("_", " "))
+    for (label, points), marker in zip(others.items(), "s^DvPX", strict=False):
+        axis.plot(*np.transpose(points)[::-1], marker, ms=6, alpha=0.8, mec="white", label=label)
+    lowest = np.concatenate([*others.values(), np.array(at)[:, ::-1]]).min(axis=0)
+    axis.set(xlabel="specificity", ylabel="sensitivity", xlim=(lowest[1] - 0.05, 1.01), ylim=(lowest[0] - 0.05, 1.01))
+    axis.legend(loc="lower left")
 
 
 @_styled

@@ -24,6 +24,7 @@ from cxr.tables import (  # the one module whose names are passed on: a notebook
     frames,
     load,
     pretty,
+    published_points,
     reference_of,
     reported,
     reported_vs_measured,
@@ -271,8 +272,10 @@ def _headline_figures(runs, average, note, threshold):
         temperature = evaluate.fit_temperature(val["y_true"], val["y_score"])
         calibrated = evaluate.apply_temperature(test["y_score"], temperature)
         found["operating"] = _picture(
-            plots.operating_points(test["y_true"], test["y_score"], thresholds, synthetic=note),
-            "Sensitivity and specificity on test for every threshold; dashed: thresholds frozen on validation.")
+            plots.operating_points(test["y_true"], test["y_score"], thresholds, published_points(len(test)),
+                                   synthetic=note),
+            "Sensitivity and specificity on test for every threshold; dashed: thresholds frozen on validation. Where "
+            "study S1 tested on as many images, its networks stand beside.")
         found["reliability"] = _picture(
             plots.reliability(test["y_true"], {"raw": test["y_score"], f"divided by {temperature:g}": calibrated},
                               synthetic=note), "Calibration on test; the temperature comes from validation.")

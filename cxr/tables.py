@@ -172,6 +172,8 @@ def strategy_grid(rows, loaded):
         if not config.get("strategy"):
             continue
         start = (config["weights"] or "random").replace("_", " ")
+        if row.variant.startswith("study S1"):
+            start += ", study S1's recipe"
         for cells, value in ((aucs, row.averaged), (texts, f"{row.averaged:.3f}\n{row.low:.3f}–{row.high:.3f}")):
             cells[config["strategy"]][f"{config['backbone']}\n{start}"] = value
     columns = [name for name in ("frozen", "partial", "full") if name in aucs]
@@ -236,6 +238,19 @@ def comparisons(loaded, reference_group, *, threshold="sensitivity_95"):
 def reported():
     """Return what the five studies and the literature report: dict of lists `studies`, `claims`, `references`."""
     return json.loads(pathlib.Path(__file__).with_name("reported.json").read_text())
+
+
+def published_points(num_test):
+    """Return where study S1's networks stand: dict `study S1, <strategy>` → sensitivities and specificities `(n, 2)`.
+
+    Empty unless `num_test` is the number of images that the study tested on: elsewhere they say nothing.
+    """
+    points = collections.defaultdict(list)
+    for entry in reported()["studies"]:
+        numbers, single = entry["numbers"], "median" not in entry["what"]
+        if single and (entry["study"], entry["n"]) == ("S1", num_test) and "specificity" in numbers:
+            points[f"study S1, {entry['variant'].split()[-1]}"].append([numbers["sensitivity"], numbers["specificity"]])
+    return {name: np.array(found) for name, found in points.items()}
 
 
 def reported_vs_measured(loaded):

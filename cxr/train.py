@@ -127,9 +127,9 @@ def _train_one(run, variant, recipe, build, seed, *, images, manifest, extra, or
         seen = functools.partial(transfer.run_once, body, folder=run.directory / "cache" / "activations")
         parts["train"] = seen(parts["train"][0]), parts["train"][1]
         watched = {name: (seen(pixels), truth) for name, (pixels, truth) in watched.items()}
-    history = fit(part, recipe, *parts["train"], watched, seed=seed, folder=folder)
+    history, fitted = fit(part, recipe, *parts["train"], watched, seed=seed, folder=folder)
     trained = time.monotonic()
-    table = predictions(lambda pixels: predict(part, seen(pixels)), manifest, images, shifted)
+    table = predictions(lambda pixels: predict(fitted, seen(pixels)), manifest, images, shifted)
     served = keras.Model(model.input, model.output, name=model.name)  # without optimizer and loss
     save_atomic(served.save, run.directory / "models" / f"{run_id}.keras")
     record = run.save(variant, recipe.config(), seed, table, manifest=manifest, history=history,

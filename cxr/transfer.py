@@ -10,7 +10,7 @@ import numpy as np
 from keras import layers
 
 from cxr import augment, models
-from cxr.device import in_windows
+from cxr.device import blueprint, in_windows
 
 STRATEGIES = ("frozen", "partial", "full")
 
@@ -153,7 +153,7 @@ def split(model, strategy):
 
 
 def run_once(body, images, folder):
-    """Return what `body` puts out for each image, computed once for these weights and images and memory-mapped.
+    """Return what `body` puts out for each image, computed once for this network and these images and memory-mapped.
 
     Pooled features are stored in float16, which moves a linear classifier's probability by about 1e-5. Feature maps
     stay in float32: the batch normalisation that is trained behind them would make more of the difference.
@@ -170,6 +170,7 @@ def run_once(body, images, folder):
         OSError: too little room in `folder`; nothing is left behind.
     """
     digest = hashlib.sha256(np.ascontiguousarray(images))
+    digest.update(blueprint(body).encode())
     for weight in body.get_weights():
         digest.update(np.ascontiguousarray(weight))
     path = pathlib.Path(folder) / f"{digest.hexdigest()[:24]}.npy"

@@ -107,6 +107,17 @@ def test_operating_figure_decides_at_or_above_the_threshold():
     assert specificity.get_ydata()[0] == 0 and specificity.get_ydata()[-1] == 1
 
 
+def test_operating_figure_sets_other_models_beside_the_curve():
+    others = {"study": [[0.9, 0.4], [1.0, 0.3]]}
+    figure = plots.operating_points([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9], {"half": 0.5}, others)
+    curve, half, study = figure.axes[1].lines
+    assert half.get_xydata().tolist() == [[0.5, 0.5]]  # one normal of two below, one pneumonia of two above
+    assert half.get_xydata()[0].tolist() in curve.get_xydata().tolist()
+    assert study.get_xydata().tolist() == [[0.4, 0.9], [0.3, 1.0]]
+    (left, right), (bottom, top) = figure.axes[1].get_xlim(), figure.axes[1].get_ylim()
+    assert left < 0.3 and bottom < 0.5 and right > 1 and top > 1, "every point must be seen"
+
+
 def test_heat_table_leaves_undefined_cells_empty():
     axis = plots.heat_table(pd.DataFrame([[0.5, np.nan]], index=["x"], columns=["a", "b"])).axes[0]
     assert [text.get_text() for text in axis.texts] == ["0.500"]

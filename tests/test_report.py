@@ -292,16 +292,25 @@ def test_consequences_add_up_and_screening_misses_less(loaded):
     assert (support["false alarms of 1,000"].to_numpy() < screening["false alarms of 1,000"].to_numpy()).all()
 
 
+def test_the_points_of_study_s1_stand_only_beside_its_own_test_images():
+    found = report.published_points(618)
+    assert {name: points.shape for name, points in found.items()} == {
+        "study S1, frozen": (6, 2), "study S1, partial": (5, 2), "study S1, full": (4, 2)}
+    assert [1.0, 0.372] in found["study S1, full"].tolist() and not report.published_points(624)
+
+
 def test_strategies_stand_beside_each_other_for_each_network_and_start(tmp_path):
     run = fake_run(tmp_path, "05_transfer_learning", manifest(n=60), seeds=(0, 1))
     for strength, (weights, strategy) in enumerate((("imagenet", "frozen"), ("imagenet", "full"), (None, "full")), 1):
         for seed in run.seeds:
             about = {"backbone": "resnet_50", "strategy": strategy, "weights": weights}
             run.save(f"{strategy} {weights}", about, seed, scores(run.manifest, strength / 2, seed))
+    run.save("study S1 full", about | {"weights": "imagenet", "schedule": "step"}, 0, scores(run.manifest, 0.8, 0))
     add(run, "no transfer", 1.0)
     found = report.load(run.results, intervals=False)
     aucs, texts = report.strategy_grid(report.table(found), found)
-    assert list(aucs.columns) == ["frozen", "full"] and list(aucs.index) == ["resnet_50\nimagenet", "resnet_50\nrandom"]
+    assert list(aucs.columns) == ["frozen", "full"] and list(aucs.index) == [
+        "resnet_50\nimagenet", "resnet_50\nimagenet, study S1's recipe", "resnet_50\nrandom"]
     assert np.isnan(aucs.loc["resnet_50\nrandom", "frozen"]), "what was not run stays empty"
     averaged = report.table(found)["averaged"]
     assert sorted(aucs.stack().dropna()) == sorted(averaged[report.table(found)["variant"] != "no transfer"])

@@ -104,7 +104,7 @@ def test_training_learns(tmp_path, changes):
         keep = np.flatnonzero((labels == 1) | (np.arange(160) % 8 == 0))
         images, labels = images[keep], labels[keep]
     model = tiny(16)
-    history = train.fit(model, recipe, images, labels, {"val": easy(60, seed=1)}, seed=0, folder=tmp_path)
+    history, _ = train.fit(model, recipe, images, labels, {"val": easy(60, seed=1)}, seed=0, folder=tmp_path)
     assert history["val_auc"][-1] > 0.9 and set(history) >= {"loss", "auc", "val_loss", "val_auc", "val_accuracy"}
 
 
@@ -112,7 +112,7 @@ def test_best_epoch_is_restored_and_patience_stops(tmp_path):
     keras.utils.set_random_seed(0)
     recipe = dataclasses.replace(RECIPE, epochs=30, patience=2, learning_rate=0.05)
     model, val = tiny(16), easy(60, seed=1)
-    history = train.fit(model, recipe, *easy(), {"val": val}, seed=0, folder=tmp_path)
+    history, _ = train.fit(model, recipe, *easy(), {"val": val}, seed=0, folder=tmp_path)
     assert len(history["val_auc"]) < 30
     found = sklearn.metrics.roc_auc_score(val[1], train.predict(model, val[0]))
     assert found == pytest.approx(max(history["val_auc"]), abs=1e-5)
@@ -125,7 +125,9 @@ def test_a_network_compiled_before_trains_to_the_bit_as_a_new_one(tmp_path):
     def run(seed, name):
         device.start_fresh(seed)
         model = models.lab_cnn(32, augment.stack(recipe.augment))
-        train.fit(model, recipe, images, labels, {"val": (images, labels)}, seed=seed, folder=tmp_path / name)
+        watched = {"val": (images, labels)}
+        _, fitted = train.fit(model, recipe, images, labels, watched, seed=seed, folder=tmp_path / name)
+        np.testing.assert_array_equal(train.predict(fitted, images), train.predict(model, images))
         return model
 
     first, second = run(0, "a"), run(1, "b")
@@ -146,7 +148,7 @@ def test_resumed_training_gives_the_same_weights(tmp_path, monkeypatch):
         keras.utils.set_random_seed(0)
         model = tiny(16)
         recipe = dataclasses.replace(RECIPE, schedule="cosine")
-        history = train.fit(model, recipe, images, labels, watched, seed=0, folder=folder)
+        history, _ = train.fit(model, recipe, images, labels, watched, seed=0, folder=folder)
         return weights(model), history
 
     whole, history = run(tmp_path / "whole")

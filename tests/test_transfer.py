@@ -85,24 +85,30 @@ def test_training_on_stored_activations_equals_the_plain_fit(strategy, tmp_path)
         if stored:
             body, part = transfer.split(model, strategy)
             inputs = transfer.run_once(body, images, tmp_path / "activations")
-        histories.append(fitting.fit(part, recipe, inputs, labels, {"val": (inputs, labels)}, seed=0,
-                                     folder=tmp_path / f"backup{stored}"))
+        history, _ = fitting.fit(part, recipe, inputs, labels, {"val": (inputs, labels)}, seed=0,
+                                 folder=tmp_path / f"backup{stored}")
+        histories.append(history)
         scores.append(device.predict(model, images))  # the whole network holds what its tail has learnt
     np.testing.assert_allclose(*scores, atol=1e-4)
     np.testing.assert_allclose(histories[0]["loss"], histories[1]["loss"], atol=1e-4)
 
 
-def test_activations_are_stored_once_and_depend_on_images_and_weights(tmp_path):
+def test_activations_are_stored_once_and_depend_on_images_weights_and_normalisation(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32)).astype("uint8")
-    body, _ = transfer.split(transfer.build("mobilenet_v2", "frozen", 32, weights=None), "frozen")
+
+    def body_of(seed, **options):
+        device.start_fresh(seed)
+        return transfer.split(transfer.build("mobilenet_v2", "frozen", 32, weights=None, **options), "frozen")[0]
+
+    body = body_of(0)
     first = transfer.run_once(body, images, tmp_path)
     np.testing.assert_allclose(first, body.predict(images[..., None], verbose=0), rtol=1e-3, atol=1e-4)
-    transfer.run_once(body, images, tmp_path)
+    transfer.run_once(body_of(0), images, tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
     transfer.run_once(body, images[::-1], tmp_path)
-    other = transfer.split(transfer.build("mobilenet_v2", "frozen", 32, weights=None), "frozen")
-    transfer.run_once(other[0], images, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
+    transfer.run_once(body_of(1), images, tmp_path)
+    transfer.run_once(body_of(0, domain=(0.4, 0.3)), images, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_full_disk_is_named_before_anything_is_written(tmp_path, monkeypatch):
