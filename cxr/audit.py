@@ -11,7 +11,6 @@ from cxr import data, decode, dedup, records, splits
 
 SHORTCUT = 0.7  # AUC, either way round, from which a score that looks at no anatomy earns a warning
 TINY = 100  # images below which a validation split cannot rank models
-SMALLEST = 112  # native pixels below which the detail that tells films apart is gone
 
 
 def audit(manifest, *, cache_dir=None):
@@ -60,12 +59,12 @@ def _duplicates(manifest):
 def _near_duplicates(manifest, cache_dir):
     """Return the verified near duplicates, kept in the cache under the content that they were found in."""
     unique = manifest.drop_duplicates("pixel_sha256").reset_index(drop=True)
-    if unique[["height", "width"]].to_numpy().min() < SMALLEST:
+    if unique[["height", "width"]].to_numpy().min() < dedup.SIDE:
         return None
     key = records.canonical_sha256([decode.VERSION, dedup.VERSION, unique["pixel_sha256"].tolist()])[:24]
     path = data.cache_folder(cache_dir) / f"near-{key}.json"
     if (pairs := data.read_cached(path)) is None:
-        pairs = dedup.near_pairs(data.load_images(unique, SMALLEST, cache_dir=cache_dir))
+        pairs = dedup.near_pairs(data.load_images(unique, dedup.SIDE, cache_dir=cache_dir))
         data.write_cached(path, pairs)
     i, j = np.array([pair[:2] for pair in pairs], int).reshape(-1, 2).T
     image, split, patient = (unique[name].to_numpy() for name in ("image_id", "split", "patient_id"))
@@ -105,7 +104,7 @@ def _checks(found):
     conflicts = copies["label_conflicts"]
     yield "pictures with two labels", verdict(conflicts, "FAIL"), f"pictures: {conflicts}"
     if near is None:
-        yield "near duplicates", "WARN", f"not looked for: there are images below {SMALLEST} px"
+        yield "near duplicates", "WARN", f"not looked for: there are images below {dedup.SIDE} px"
     else:
         yield ("near duplicates", "FAIL" if near["across_splits"] else verdict(near["pairs"]),
                f"pairs: {len(near['pairs'])}, across splits: {near['across_splits']}, "

@@ -15,6 +15,7 @@ from scipy.sparse import coo_array, csgraph
 
 VERSION = "v2"  # raise it when other pairs come out; cached results carry it
 SAME_FILM = 0.75
+SIDE = 112  # px at which two films are compared; in fewer the detail that tells them apart is gone
 _NEIGHBOURS, _ALIKE = 3, 0.35  # proposals an image, and the least likeness of one before it is aligned
 _LIKELY = 0.8  # coarse correlation above which a pair is looked at closely: verified copies reach 0.86, others 0.75
 
@@ -32,7 +33,7 @@ def near_pairs(images):
     3°. Not looked for: mirrored images, larger crops.
 
     Args:
-        images: uint8 `(n, 112, 112)` or larger, without exact duplicates.
+        images: uint8 `(n, size, size)`, of `SIDE` px or more, without exact duplicates.
 
     Returns:
         List of `(i, j, correlation)` with `i < j`, best first.
@@ -88,15 +89,15 @@ def _align(first, second, iterations):
         return 0.0, np.eye(2, 3, dtype=np.float32)
 
 
-def same_film(first, second, *, side=112):
+def same_film(first, second):
     """Return the correlation of the fine detail of two grey uint8 images after affine alignment, in [-1, 1].
 
     Source: Evangelidis & Psarakis 2008 (enhanced correlation coefficient).
     """
-    _, warp = _align(_detail(first, side, 4), _detail(second, side, 4), 30)
-    how = {"dsize": (side, side), "flags": cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP}
-    fine, moved = _detail(first, side, 2), cv2.warpAffine(_detail(second, side, 2), warp, **how)
-    common = cv2.warpAffine(np.ones((side, side), np.float32), warp, **how) > 0.5
+    _, warp = _align(_detail(first, SIDE, 4), _detail(second, SIDE, 4), 30)
+    how = {"dsize": (SIDE, SIDE), "flags": cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP}
+    fine, moved = _detail(first, SIDE, 2), cv2.warpAffine(_detail(second, SIDE, 2), warp, **how)
+    common = cv2.warpAffine(np.ones((SIDE, SIDE), np.float32), warp, **how) > 0.5
     if common.mean() < 0.5 or fine[common].std() == 0 or moved[common].std() == 0:
         return 0.0
     return float(np.corrcoef(fine[common], moved[common])[0, 1])

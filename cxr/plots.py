@@ -133,6 +133,7 @@ def bars(table, *, ylabel="images"):
         axis.bar_label(drawn, fmt="{:,.4g}", fontsize=9, padding=2)
     axis.set_xticks(range(len(table)), [textwrap.fill(str(name).replace("_", " "), 14) for name in table.index])
     axis.set_ylabel(ylabel)
+    axis.margins(y=0.1)  # room for the numbers
     axis.grid(axis="x", visible=False)
     axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=table.shape[1])  # above, where no bar is
     return figure

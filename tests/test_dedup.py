@@ -120,7 +120,7 @@ def test_same_pixels_in_other_bytes_are_exact_duplicates_by_pixels_only(tmp_path
 def test_real_near_duplicates_without_a_false_alarm(real_data, tmp_path):
     covid = data.load_manifest(real_data / "covid19", cache_dir=tmp_path)
     covid = covid.drop_duplicates("pixel_sha256", ignore_index=True)
-    pairs = dedup.near_pairs(data.load_images(covid, 112, cache_dir=tmp_path))
+    pairs = dedup.near_pairs(data.load_images(covid, dedup.SIDE, cache_dir=tmp_path))
     named = {(covid["image_id"][i], covid["image_id"][j]) for i, j, _ in pairs}
     assert {("COVID19/011.jpeg", "COVID19/132.jpeg"), ("COVID19/468.jpeg", "COVID19/508.jpeg")} <= named  # looked at
     assert ("COVID19/512.jpeg", "COVID19/530.jpeg") not in named  # two films that look alike
