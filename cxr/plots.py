@@ -328,8 +328,9 @@ def _trade(axis, y_true, y_score, thresholds, others):
     axis.plot(*np.transpose(at), "o", color=INK, ms=8, label="at " + ", ".join(thresholds).replace("_", " "))
     for (label, points), marker in zip(others.items(), "s^DvPX", strict=False):
         axis.plot(*np.transpose(points)[::-1], marker, ms=6, alpha=0.8, mec="white", label=label)
-    lowest = np.concatenate([*others.values(), np.array(at)[:, ::-1]]).min(axis=0)
-    axis.set(xlabel="specificity", ylabel="sensitivity", xlim=(lowest[1] - 0.05, 1.01), ylim=(lowest[0] - 0.05, 1.01))
+    lowest, left = np.concatenate([*others.values(), np.array(at)[:, ::-1]]).min(axis=0)
+    axis.set(xlabel="specificity", ylabel="sensitivity", xlim=(left - 0.05, 1.01),
+             ylim=(lowest - 0.9 * (1.01 - lowest), 1.01))  # as much room below the points as they take, for the legend
     axis.legend(loc="lower left")
 
 

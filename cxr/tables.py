@@ -249,8 +249,8 @@ def published_points(num_test):
     for entry in reported()["studies"]:
         numbers, single = entry["numbers"], "median" not in entry["what"]
         if single and (entry["study"], entry["n"]) == ("S1", num_test) and "specificity" in numbers:
-            points[f"study S1, {entry['variant'].split()[-1]}"].append([numbers["sensitivity"], numbers["specificity"]])
-    return {name: np.array(found) for name, found in points.items()}
+            points[entry["variant"].split()[-1]].append([numbers["sensitivity"], numbers["specificity"]])
+    return {f"study S1, {name}": np.array(points[name]) for name in ("frozen", "partial", "full") if name in points}
 
 
 def reported_vs_measured(loaded):
