@@ -288,7 +288,7 @@ def _compile(model, recipe, labels, steps):
         _copy_state(model, _kept["model"])
         for variable in _kept["model"].optimizer.variables:
             if not variable.path.endswith("learning_rate"):
-                variable.assign(ops.zeros_like(variable))
+                variable.assign(ops.zeros(variable.shape, variable.dtype))
         return _kept["model"]
     _kept.clear()
     rate = recipe.learning_rate
@@ -306,7 +306,7 @@ def _compile(model, recipe, labels, steps):
 def _copy_state(source, target):
     """Give `target` the weights and random states of `source`, a model of the same layers."""
     for theirs, ours in zip(source.variables, target.variables, strict=True):
-        ours.assign(theirs)
+        ours.assign(theirs.value)
 
 
 def fit(model, recipe, images, labels, watched, *, seed, folder):
