@@ -304,9 +304,12 @@ def _compile(model, recipe, labels, steps):
 
 
 def _copy_state(source, target):
-    """Give `target` the weights and random states of `source`, a model of the same layers."""
+    """Give `target` the weights and random states of `source`, a model of the same layers.
+
+    As copies: JAX gives an array that two models share to the next training, and takes it from the other.
+    """
     for theirs, ours in zip(source.variables, target.variables, strict=True):
-        ours.assign(theirs.value)
+        ours.assign(ops.copy(theirs))
 
 
 def fit(model, recipe, images, labels, watched, *, seed, folder):
