@@ -325,7 +325,7 @@ def _trade(axis, y_true, y_score, thresholds, others):
     axis.plot(1 - false_positives, sensitivity, color=INK, label="this model, every threshold")
     truth = np.asarray(y_true) == 1
     at = [((y_score[~truth] < cut).mean(), (y_score[truth] >= cut).mean()) for cut in thresholds.values()]
-    axis.plot(*np.transpose(at), "o", color=INK, ms=8, label="at " + ", ".join(thresholds).replace("_", " "))
+    axis.plot(*np.transpose(at), "o", color=INK, ms=8, label="at the thresholds on the left")
     for (label, points), marker in zip(others.items(), "s^DvPX", strict=False):
         axis.plot(*np.transpose(points)[::-1], marker, ms=6, alpha=0.8, mec="white", label=label)
     lowest, left = np.concatenate([*others.values(), np.array(at)[:, ::-1]]).min(axis=0)

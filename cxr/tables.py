@@ -172,7 +172,7 @@ def strategy_grid(rows, loaded):
         if not config.get("strategy"):
             continue
         start = (config["weights"] or "random").replace("_", " ")
-        if row.variant.startswith("study S1"):
+        if config.get("schedule") == "step":
             start += ", study S1's recipe"
         for cells, value in ((aucs, row.averaged), (texts, f"{row.averaged:.3f}\n{row.low:.3f}–{row.high:.3f}")):
             cells[config["strategy"]][f"{config['backbone']}\n{start}"] = value
