@@ -1,9 +1,11 @@
 """How a network runs on the device at hand: precision, compilation, seeds, and batches outside training."""
 
 import concurrent.futures
+import contextlib
 import os
 import pathlib
 import re
+import unittest.mock
 
 import keras
 import numpy as np
@@ -38,10 +40,25 @@ def num_devices():
 def start_fresh(seed):
     """Forget earlier models, seed Python, NumPy and Keras; keep dtype policy and distribution, which Keras forgets."""
     policy, distribution = keras.config.dtype_policy(), keras.distribution.distribution()
-    keras.utils.clear_session()
+    with _kernels_kept():
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(seed)
     keras.config.set_dtype_policy(policy)
     keras.distribution.set_distribution(distribution)
-    keras.utils.set_random_seed(seed)
+
+
+def _kernels_kept():
+    """Return a context in which TensorFlow does not drop the kernels that it has prepared.
+
+    Clearing a session drops them, and so does setting a seed. The network that a comparison keeps for its next run
+    would be prepared again, for as long as two epochs of a smoke run take. Keras draws no numbers from them, and a
+    network that goes takes its own along.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    from tensorflow.python.eager import context  # TensorFlow has no public switch
+
+    return unittest.mock.patch.object(context.pywrap_tfe, "TFE_ContextClearCaches")
 
 
 def compiled(model, optimizer, loss=None, **options):

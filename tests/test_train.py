@@ -136,6 +136,20 @@ def test_a_network_compiled_before_trains_to_the_bit_as_a_new_one(tmp_path):
     np.testing.assert_array_equal(weights(second), weights(run(1, "c")))
 
 
+def test_decay_and_schedule_are_those_of_adamw():
+    rate = keras.optimizers.schedules.CosineDecay(0.0, 4, warmup_target=0.1, warmup_steps=2)
+    start, gradients = np.linspace(-1, 1, 6, dtype="float32"), np.random.default_rng(0).normal(size=(5, 6))
+    found = []
+    ours = fitting.DiscriminativeAdamW(rate, decoupled_decay=0.2)
+    for optimizer in (keras.optimizers.AdamW(rate, weight_decay=0.2), ours):
+        variable = keras.Variable(start)
+        for gradient in gradients:
+            optimizer.apply([keras.ops.convert_to_tensor(gradient, "float32")], [variable])
+        found.append(keras.ops.convert_to_numpy(variable))
+    np.testing.assert_allclose(*found, rtol=1e-6)
+    assert np.abs(found[0] - start).max() > 0.1
+
+
 class KilledError(Exception):
     """Stands for a kill between two epochs."""
 
