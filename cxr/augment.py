@@ -66,9 +66,9 @@ _UNIT = {"value_range": (0, 1)}
 _EDGE = {"fill_mode": "constant", "fill_value": 0.0}  # black, as outside the collimated field
 
 
-def _geometry(**edge):
+def _geometry(zoom=(-0.1, 0.1), **edge):
     return [layers.RandomRotation(10 / 360, **edge), layers.RandomTranslation(0.05, 0.05, **edge),
-            layers.RandomZoom((-0.1, 0.1), (-0.1, 0.1), **edge)]
+            layers.RandomZoom(zoom, zoom, **edge)]  # height and width apart
 
 
 def _exposure():
@@ -97,13 +97,15 @@ STRATEGIES = {
 }
 
 
-def acquisition():
+def acquisition(zoom=(-0.1, 0.1)):
     """Return what another operator and scanner would change: framing, exposure, sharpness; nothing painted or mirrored.
 
-    The edge is repeated rather than black: black corners lower the mean of training images, no other image has them,
-    and a network that standardises its input then meets a shift at test time that it was taught itself.
+    Height and width are zoomed apart: films of any shape are squeezed to a square here, and the shape may give the
+    label away, which a wide `zoom` hides. The edge is repeated rather than black: black corners lower the mean of
+    training images, no other image has them, and a network that standardises its input then meets a shift at test time
+    that it was taught itself.
     """
-    return [*_geometry(fill_mode="nearest"), *exposure_and_sharpness()]
+    return [*_geometry(zoom, fill_mode="nearest"), *exposure_and_sharpness()]
 
 
 def exposure_and_sharpness():
@@ -112,8 +114,9 @@ def exposure_and_sharpness():
 
 
 def stack(name):
-    """Return fresh layers of the strategy `name`: a key of `STRATEGIES`, or `acquisition`."""
-    return acquisition() if name == "acquisition" else STRATEGIES.get(name, list)()
+    """Return fresh layers of the strategy `name`: a key of `STRATEGIES`, `acquisition`, or `aspect_jitter`."""
+    others = {"acquisition": acquisition, "aspect_jitter": lambda: acquisition(zoom=(-0.3, 0.2))}
+    return (STRATEGIES | others).get(name, list)()
 
 
 def copies(images, name):
@@ -216,11 +219,24 @@ def shift_validation(images, *, seed, copies=3):
     return np.stack([_shift(images[row], rng) for row in source]) if len(source) else images, source
 
 
-def _shift(image, rng):
+def stretch(images, *, seed):
+    """Return uint8 images `(n, size, size)` with height and width scaled apart, each by 0.67 to 1.49, edges repeated.
+
+    Films were squeezed to a square, so each shape is one that some film might have had. A score that falls here has
+    been reading the shape.
+    """
+    zooms = np.exp(np.random.default_rng(seed).uniform(-0.4, 0.4, (len(images), 2)))
+    return np.stack([_scaled(image, *zoom) for image, zoom in zip(images, zooms, strict=True)])
+
+
+def _scaled(image, zoom_x, zoom_y):
     size = image.shape[0]
-    zoom_x, zoom_y = rng.uniform(0.88, 1.12, 2)
     matrix = np.array([[zoom_x, 0, size / 2 * (1 - zoom_x)], [0, zoom_y, size / 2 * (1 - zoom_y)]])
-    x = cv2.warpAffine(image, matrix, (size, size), borderMode=cv2.BORDER_REPLICATE).astype("float32") / 255
+    return cv2.warpAffine(image, matrix, (size, size), borderMode=cv2.BORDER_REPLICATE)
+
+
+def _shift(image, rng):
+    x = _scaled(image, *rng.uniform(0.88, 1.12, 2)).astype("float32") / 255
     x = x + rng.uniform(-1, 1) * (x - blurred(x, 1 / 96))
     x = np.clip((x - x.mean()) * rng.uniform(0.75, 1.25) + x.mean() + rng.uniform(-0.1, 0.1), 0, 1)
     return np.round(255 * x ** np.exp(rng.uniform(-0.35, 0.35))).astype("uint8")

@@ -164,16 +164,19 @@ def _row(runs, threshold):
 def strategy_grid(rows, loaded):
     """Return test AUCs, and the same as text with intervals: a row for each backbone and start, a column a strategy.
 
-    Both are of the seed-averaged score, from rows of `table(loaded)`. Without transfer both are empty.
+    Both are of the seed-averaged score, from rows of `table(loaded)`. Without transfer both are empty. What a network
+    scored on other images than the test set is left out.
     """
     aucs, texts, groups = collections.defaultdict(dict), collections.defaultdict(dict), by_group(loaded)
     for row in rows.itertuples():
         config = groups[row.Index][0]["config"]
-        if not config.get("strategy"):
+        if not config.get("strategy") or "scored_on" in config:
             continue
         start = (config["weights"] or "random").replace("_", " ")
         if config.get("schedule") == "step":
             start += ", study S1's recipe"
+        if config["augment"] == "aspect_jitter":
+            start += ", aspect jitter"
         for cells, value in ((aucs, row.averaged), (texts, f"{row.averaged:.3f}\n{row.low:.3f}–{row.high:.3f}")):
             cells[config["strategy"]][f"{config['backbone']}\n{start}"] = value
     columns = [name for name in ("frozen", "partial", "full") if name in aucs]
@@ -247,7 +250,7 @@ def published_points(num_test):
     """
     points = collections.defaultdict(list)
     for entry in reported()["studies"]:
-        numbers, single = entry["numbers"], "median" not in entry["what"]
+        numbers, single = entry["numbers"], "summary_of" not in entry
         if single and (entry["study"], entry["n"]) == ("S1", num_test) and "specificity" in numbers:
             points[entry["variant"].split()[-1]].append([numbers["sensitivity"], numbers["specificity"]])
     return {f"study S1, {name}": np.array(points[name]) for name in ("frozen", "partial", "full") if name in points}

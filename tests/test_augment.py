@@ -90,6 +90,26 @@ def test_shifted_validation_is_fixed_and_changes_every_image():
     assert all((one != images[row]).any() for one, row in zip(shifted, source, strict=True))
 
 
+def test_stretched_images_keep_middle_and_type_and_change_their_proportions():
+    images = np.zeros((40, 64, 64), np.uint8)
+    images[:, 20:44, 20:44] = 200
+    stretched = augment.stretch(images, seed=0)
+    np.testing.assert_array_equal(stretched, augment.stretch(images, seed=0))
+    assert stretched.dtype == np.uint8 and (stretched[:, 31:33, 31:33] == 200).all()
+    height, width = (stretched > 100).any(2).sum(1), (stretched > 100).any(1).sum(1)
+    assert 15 <= min(height.min(), width.min()) and max(height.max(), width.max()) <= 37
+    assert np.abs(np.corrcoef(height, width)[0, 1]) < 0.4 and np.std(np.log(height / width)) > 0.2
+
+
+def test_aspect_jitter_zooms_height_and_width_apart():
+    zoom = next(layer for layer in augment.stack("aspect_jitter") if isinstance(layer, keras.layers.RandomZoom))
+    box = np.zeros((32, 64, 64, 1), "float32")
+    box[:, 20:44, 20:44] = 1
+    drawn = keras.ops.convert_to_numpy(zoom(box, training=True))[..., 0] > 0.5
+    ratio = drawn.any(2).sum(1) / drawn.any(1).sum(1)
+    assert ratio.min() < 0.85 and ratio.max() > 1.15
+
+
 def test_offline_copies_are_drawn_from_the_global_seed_and_keep_the_type():
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32)).astype("uint8")
     drawn = []

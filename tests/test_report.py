@@ -303,17 +303,21 @@ def test_strategies_stand_beside_each_other_for_each_network_and_start(tmp_path)
     run = fake_run(tmp_path, "05_transfer_learning", manifest(n=60), seeds=(0, 1))
     for strength, (weights, strategy) in enumerate((("imagenet", "frozen"), ("imagenet", "full"), (None, "full")), 1):
         for seed in run.seeds:
-            about = {"backbone": "resnet_50", "strategy": strategy, "weights": weights}
+            about = {"backbone": "resnet_50", "strategy": strategy, "weights": weights, "augment": "none"}
             run.save(f"{strategy} {weights}", about, seed, scores(run.manifest, strength / 2, seed))
     run.save("study S1 full", about | {"weights": "imagenet", "schedule": "step"}, 0, scores(run.manifest, 0.8, 0))
+    run.save("jittered", about | {"augment": "aspect_jitter"}, 0, scores(run.manifest, 0.9, 0))
+    run.save("stretched", about | {"scored_on": "stretched films"}, 0, scores(run.manifest, 0.2, 0))
     add(run, "no transfer", 1.0)
     found = report.load(run.results, intervals=False)
     aucs, texts = report.strategy_grid(report.table(found), found)
     assert list(aucs.columns) == ["frozen", "full"] and list(aucs.index) == [
-        "resnet_50\nimagenet", "resnet_50\nimagenet, study S1's recipe", "resnet_50\nrandom"]
+        "resnet_50\nimagenet", "resnet_50\nimagenet, study S1's recipe", "resnet_50\nrandom",
+        "resnet_50\nrandom, aspect jitter"]
     assert np.isnan(aucs.loc["resnet_50\nrandom", "frozen"]), "what was not run stays empty"
     averaged = report.table(found)["averaged"]
-    assert sorted(aucs.stack().dropna()) == sorted(averaged[report.table(found)["variant"] != "no transfer"])
+    shown = ~report.table(found)["variant"].isin(["no transfer", "stretched"])
+    assert sorted(aucs.stack().dropna()) == sorted(averaged[shown])
     assert texts.iloc[0, 1].startswith(f"{aucs.iloc[0, 1]:.3f}")
     page = report.html(run.results, tmp_path / "report.html", loaded=found).read_text()
     assert "Test AUC of the seed-averaged score" in page and "Labels to look at again" in page
