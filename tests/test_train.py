@@ -10,7 +10,7 @@ import pytest
 import sklearn.metrics
 from keras import layers
 
-from cxr import augment, config, device, fitting, models, records, train
+from cxr import augment, config, device, fitting, models, objective, records, train
 
 RECIPE = train.Recipe(model="tiny", image_size=16, epochs=3, batch_size=16, learning_rate=3e-3)
 
@@ -36,13 +36,13 @@ def weights(model):
 
 def test_loss_equals_keras_with_hard_labels():
     y, p = np.array([[0.0], [1], [1], [0]]), np.array([[0.2], [0.9], [0.4], [0.6]])
-    ours = fitting.WeightedBinaryCrossentropy(1.95, 0.67)(y, p)
+    ours = objective.WeightedBinaryCrossentropy(1.95, 0.67)(y, p)
     theirs = keras.losses.BinaryCrossentropy()(y, p, sample_weight=np.where(y == 1, 0.67, 1.95))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 def test_loss_of_a_mixed_label_is_the_mixture_of_the_weighted_losses():
-    p, loss = np.array([[0.3]]), fitting.WeightedBinaryCrossentropy(2.0, 0.5)
+    p, loss = np.array([[0.3]]), objective.WeightedBinaryCrossentropy(2.0, 0.5)
     mixed = float(loss(np.array([[0.7]]), p))
     assert mixed == pytest.approx(
         0.7 * float(loss(np.array([[1.0]]), p)) + 0.3 * float(loss(np.array([[0.0]]), p)), rel=1e-5
@@ -51,9 +51,9 @@ def test_loss_of_a_mixed_label_is_the_mixture_of_the_weighted_losses():
 
 def test_class_weights_are_those_of_study_s2():
     labels = np.r_[np.zeros(1341), np.ones(3875)]
-    assert fitting.class_weights(labels, "class_weight") == pytest.approx((1.945, 0.673), abs=1e-3)
-    assert fitting.class_weights(labels, "loss_1.5") == (1.0, 1.5)
-    assert fitting.class_weights(labels, "none") == (1.0, 1.0)
+    assert objective.class_weights(labels, "class_weight") == pytest.approx((1.945, 0.673), abs=1e-3)
+    assert objective.class_weights(labels, "loss_1.5") == (1.0, 1.5)
+    assert objective.class_weights(labels, "none") == (1.0, 1.0)
 
 
 def test_batches_show_each_image_once_and_depend_on_seed_and_epoch_alone():
@@ -140,7 +140,7 @@ def test_decay_and_schedule_are_those_of_adamw():
     rate = keras.optimizers.schedules.CosineDecay(0.0, 4, warmup_target=0.1, warmup_steps=2)
     start, gradients = np.linspace(-1, 1, 6, dtype="float32"), np.random.default_rng(0).normal(size=(5, 6))
     found = []
-    ours = fitting.DiscriminativeAdamW(rate, decoupled_decay=0.2)
+    ours = objective.DiscriminativeAdamW(rate, decoupled_decay=0.2)
     for optimizer in (keras.optimizers.AdamW(rate, weight_decay=0.2), ours):
         variable = keras.Variable(start)
         for gradient in gradients:

@@ -1,0 +1,70 @@
+"""What a step minimises and how: the weighted loss, training AUC of mixed labels, AdamW at two rates."""
+
+import keras
+import numpy as np
+from keras import ops
+
+
+@keras.saving.register_keras_serializable("cxr")
+class WeightedBinaryCrossentropy(keras.losses.Loss):
+    """Binary cross-entropy with one weight a class, right for soft labels too.
+
+    Keras's `class_weight` rounds or refuses soft labels. Here the weight stands on each of the two terms:
+    `-(w1 y log p + w0 (1 - y) log(1 - p))`, which is `class_weight` for hard labels and the mixture of the two weighted
+    losses for mixed ones.
+    """
+
+    def __init__(self, negative=1.0, positive=1.0, label_smoothing=0.0, name="loss"):
+        super().__init__(name=name)
+        self.negative, self.positive, self.label_smoothing = negative, positive, label_smoothing
+
+    def call(self, y_true, y_pred):
+        """Return the loss of each image, float `(batch,)`."""
+        y_true = ops.cast(y_true, y_pred.dtype) * (1 - self.label_smoothing) + self.label_smoothing / 2
+        y_pred = ops.clip(y_pred, 1e-7, 1 - 1e-7)
+        terms = self.positive * y_true * ops.log(y_pred) + self.negative * (1 - y_true) * ops.log(1 - y_pred)
+        return -ops.mean(terms, axis=-1)
+
+    def get_config(self):
+        """Return what rebuilds the loss."""
+        return {"negative": self.negative, "positive": self.positive, "label_smoothing": self.label_smoothing,
+                "name": self.name}
+
+
+class HardAUC(keras.metrics.AUC):
+    """Training AUC that takes the larger side of a mixed label for its class."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        """Count a batch: labels float in [0, 1], probabilities."""
+        super().update_state(ops.cast(y_true > 0.5, "float32"), y_pred, sample_weight)
+
+
+def class_weights(labels, balance):
+    """Return the loss weights `(negative, positive)` of a balancing rule for 0/1 labels."""
+    if balance == "class_weight":
+        return tuple(len(labels) / (2 * np.sum(labels == value)) for value in (0, 1))
+    return (1.0, 1.5) if balance == "loss_1.5" else (1.0, 1.0)
+
+
+class DiscriminativeAdamW(keras.optimizers.Adam):
+    """AdamW whose learning rate, outside the layer `logit`, is the share `backbone_rate` (Howard & Ruder 2018).
+
+    Keras's AdamW computes a schedule anew for the decay of each variable, a third of the time to trace a small network.
+    Here decay takes the rate of the step; the numbers are the same.
+    """
+
+    def __init__(self, *args, decoupled_decay=0.0, backbone_rate=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.decoupled_decay, self.backbone_rate = decoupled_decay, backbone_rate
+
+    def build(self, variables):
+        """Look up the share of each variable once; the steps see the backend's variables, which have no path."""
+        super().build(variables)
+        self.shares = [1.0 if "logit" in variable.path.split("/") else self.backbone_rate for variable in variables]
+
+    def update_step(self, gradient, variable, learning_rate):
+        """Decay one variable, then update it at its own rate."""
+        rate, share = ops.cast(learning_rate, variable.dtype), self.shares[self._get_variable_index(variable)]
+        if self.decoupled_decay:
+            self.assign_sub(variable, variable * self.decoupled_decay * rate)
+        super().update_step(gradient, variable, rate * share)
