@@ -63,9 +63,12 @@ def _probes(probed):
     if probed is None:
         return ["Probes: not run on this model yet (notebook 09)."]
     against = trust.findings(probed["probes"])
-    rows = [[name.replace(":1", "").replace(":", " "), found["auc"]["n"], f"{found['unchanged']['auc']:.3f}",
-             *(_interval(found[key]) for key in ("auc", "sensitivity", "specificity"))]
-            for name, found in probed["probes"].items()]
+    rows = []
+    for name, found in probed["probes"].items():
+        probe, _, strength = name.partition(":")
+        rows.append([f"{probe} {strength}" if probe in trust.SWEEPS else probe, found["auc"]["n"],
+                     f"{found['unchanged']['auc']:.3f}",
+                     *(_interval(found[key]) for key in ("auc", "sensitivity", "specificity"))])
     return [f"Probes at “{probed['threshold'].replace('_', ' ')}”. Held against it: "
             f"{'; '.join(f'{name} ({why})' for name, why in against.items()) or 'nothing'}.",
             report.as_markdown(["probe", "images", "AUC before", "AUC", "sensitivity", "specificity"], rows)]
