@@ -61,7 +61,7 @@ def markdown_table(rows, *, most=6):
     """Return `table` as a markdown table; of a notebook with many variants its reference and the best on validation."""
     parts = []
     for _, part in rows.groupby(rows["notebook"].where(rows["purpose"] != "baseline", ""), sort=True):
-        keep = part["val_auc"].fillna(0).nlargest(most).index.union([reference_of(part)])
+        keep = _worth(part).nlargest(most).index.union([reference_of(part)])
         parts.append(part[part.index.isin(keep)])
     shown = pretty(pd.concat(parts)).drop(columns=["val. AUC", "ECE"])
     left_out = len(rows) - len(shown)
@@ -174,11 +174,19 @@ def _forest(rows, *, caption, **options):
     return _picture(plots.forest(rows, **options), caption, plots.forest(rows, narrow=True, **options))
 
 
+def _worth(rows):
+    """Return what picks rows: the AUC of a classifier on shifted validation images, of anything else on plain ones.
+
+    A finished network that is scored on altered images has no shifted ones, and comes last.
+    """
+    return rows["shifted_auc"].where(rows["purpose"] == "classify", rows["val_auc"]).fillna(0)
+
+
 def forest_rows(rows, loaded, *, most=6):
     """Return the rows of `plots.forest` for a `table`: trivial baselines, then notebook by notebook, `most` of each."""
     groups, drawn = by_group(loaded), []
     for (baseline, notebook), part in rows.groupby([rows["purpose"] != "baseline", "notebook"], sort=False):
-        best = part["val_auc"].fillna(0).nlargest(most).index.union([reference_of(part)])
+        best = _worth(part).nlargest(most).index.union([reference_of(part)])
         for row in part[part.index.isin(best)].itertuples():
             label = row.variant + (" (split by image)" if row.split == "image" else "")
             drawn.append({"label": label, "value": row.averaged, "low": row.low, "high": row.high,
@@ -191,7 +199,7 @@ def forest_rows(rows, loaded, *, most=6):
 def curves(rows, loaded, *, chosen, most=5):
     """Return label -> seed-averaged test rows: the chosen group, each notebook's best on validation, a baseline."""
     groups = by_group(loaded)
-    able = rows[rows["val_auc"].notna()].sort_values("val_auc", ascending=False)
+    able = rows.assign(worth=_worth(rows))[rows["val_auc"].notna()].sort_values("worth", ascending=False)
     others = able[(able["purpose"] != "baseline") & (able["notebook"] != rows.loc[chosen, "notebook"])]
     first = others.groupby("notebook", sort=False).head(1).index
     baseline = able.index[able["purpose"] == "baseline"][:1]
