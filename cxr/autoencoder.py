@@ -9,6 +9,7 @@ from keras import layers, ops
 
 from cxr.device import compiled, outputs
 from cxr.models import TrainingOnly, image_input
+from cxr.objective import Adam
 
 
 def seed_autoencoder(image_size=150):
@@ -152,7 +153,7 @@ def fit(model, images, targets=None, *, epochs, seed, batch_size=32, learning_ra
     if not len(images):
         raise ValueError("There are no normal images to learn from: check the NORMAL folder and the split.")
     check_size(model, images)
-    compiled(model, keras.optimizers.Adam(learning_rate), loss)
+    compiled(model, Adam(learning_rate), loss)
     found = model.fit(_Pairs(images, targets, batch_size, seed), epochs=epochs, verbose=2, shuffle=False)
     return {name: [round(float(value), 6) for value in values] for name, values in found.history.items()}
 

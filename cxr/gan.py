@@ -14,6 +14,7 @@ from sklearn import metrics, neighbors
 
 from cxr.device import compiled, outputs
 from cxr.fitting import Batches, back_up, restore, save_atomic
+from cxr.objective import Adam
 
 LATENT = 100
 
@@ -200,8 +201,7 @@ def fit(model, images, *, epochs, seed, folder, batch_size=64, learning_rate=2e-
     codes = np.random.default_rng(seed).normal(size=(16, LATENT)).astype("float32")
     progress = _Progress(folder, every, codes)
     batches = Batches(images, np.zeros(len(images)), batch_size, seed)
-    optimizer = keras.optimizers.Adam(learning_rate, beta_1=0.5, use_ema=average is not None,
-                                      ema_momentum=average or 0.99)
+    optimizer = Adam(learning_rate, beta_1=0.5, use_ema=average is not None, ema_momentum=average or 0.99)
     model(images[:2][..., None])
     compiled(model, optimizer)
     batches.epoch = epoch = _restore(progress, model)

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from cxr import augment, deploy, device, fitting, gan, models, train
+from cxr import augment, deploy, device, fitting, gan, models, objective, train
 
 NUM_FAKES = 500
 
@@ -153,7 +153,8 @@ def real_or_fake(generator, real, images, manifest, held, *, seed=0, epochs=3):
     keras.utils.set_random_seed(seed)
     model = models.lab_cnn(real.shape[1])
     batches = fitting.Batches(np.concatenate([real, drawn["train"]]), np.repeat((0, 1), len(real)), 32, seed)
-    device.compiled(model, "adam", "binary_crossentropy").fit(batches, epochs=epochs, verbose=0, shuffle=False)
+    device.compiled(model, objective.Adam(), "binary_crossentropy")
+    model.fit(batches, epochs=epochs, verbose=0, shuffle=False)
     parts = []
     for name, rows in held.items():
         about = manifest.iloc[rows][["image_id", "patient_id", "split"]]

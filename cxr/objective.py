@@ -46,7 +46,28 @@ def class_weights(labels, balance):
     return (1.0, 1.5) if balance == "loss_1.5" else (1.0, 1.0)
 
 
-class DiscriminativeAdamW(keras.optimizers.Adam):
+class Adam(keras.optimizers.Adam):
+    """Keras's Adam, which under TensorFlow takes the step of each variable in one kernel in place of thirty operations.
+
+    The numbers are the same but for rounding. A small network is traced in less time, a large one walks over its
+    weights once.
+    """
+
+    def update_step(self, gradient, variable, learning_rate):
+        """Update one variable."""
+        if keras.backend.backend() != "tensorflow":
+            return super().update_step(gradient, variable, learning_rate)
+        import tensorflow as tf
+
+        index, step = self._get_variable_index(variable), tf.cast(self.iterations.value + 1, "float32")
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle, m=self._momentums[index].value.handle, v=self._velocities[index].value.handle,
+            beta1_power=tf.pow(self.beta_1, step), beta2_power=tf.pow(self.beta_2, step),
+            lr=tf.cast(learning_rate, "float32"), beta1=self.beta_1, beta2=self.beta_2, epsilon=self.epsilon,
+            grad=gradient)
+
+
+class DiscriminativeAdamW(Adam):
     """AdamW whose learning rate, outside the layer `logit`, is the share `backbone_rate` (Howard & Ruder 2018).
 
     Keras's AdamW computes a schedule anew for the decay of each variable, a third of the time to trace a small network.
