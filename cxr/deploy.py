@@ -15,6 +15,11 @@ THRESHOLD = "sensitivity_95_shifted"
 SIDE = 32  # of the mean image: enough to know a chest from a hand, too little to know a patient
 
 
+def best_seed(found):
+    """Return, of the records of one recipe, the one to hand on: that with the highest AUC on shifted validation."""
+    return max(found, key=lambda record: record["metrics"]["val_shifted"]["auc"]["value"])
+
+
 def export(run, record, folder):
     """Write the model of a record and what is needed to use it into `folder`; return the path of the `.keras` file.
 

@@ -299,7 +299,7 @@ def _probes(loaded, group, note):
                     key=lambda run: (not run["config"]["probed"].startswith(group), run["config"]["probed"]))
     if not probed:
         return {}
-    names = {f"{run['config']['probed'][:2]} {run['variant']}": run for run in probed}
+    names = {f"{run['config']['probed'][:2]} {run['variant']}, seed {run['seed']}": run for run in probed}
     against = {name: trust.findings(run["probes"]).items() for name, run in names.items()}
     rows = pd.DataFrame([{"model": name, "threshold": run["threshold"].replace("_", " "), "held against it": "; ".join(
         f"{probe}: {why}" for probe, why in against[name]) or "nothing"} for name, run in names.items()])
