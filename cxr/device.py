@@ -17,14 +17,14 @@ def on_cpu():
     return all(name.startswith("cpu") for name in keras.distribution.list_devices())
 
 
-def _bare_tensorflow():
+def bare_tensorflow():
     """Return whether TensorFlow runs on processors, where nothing joins or compiles what Keras spells out."""
     return keras.backend.backend() == "tensorflow" and on_cpu()
 
 
 def jit_compile():
     """Return Keras's option: XLA halves the speed of convolutions on a CPU under TensorFlow; elsewhere Keras knows."""
-    return False if _bare_tensorflow() else "auto"
+    return False if bare_tensorflow() else "auto"
 
 
 def precision():
@@ -72,20 +72,19 @@ def compiled(model, optimizer, loss=None, **options):
 
     The optimizer is built before the first step: variables that are made inside it would have it traced twice.
     """
-    if _bare_tensorflow():
-        _fuse_normalization(model)
+    _fuse_normalization(model)
     model.compile(optimizer, loss, jit_compile=jit_compile(), **options)
     model.optimizer.build(model.trainable_variables)
     return model
 
 
 def _fuse_normalization(model):
-    """Give every BatchNormalization over maps of channels TensorFlow's own kernel; on processors only.
+    """Give every BatchNormalization over maps of channels TensorFlow's own kernel, where nothing else joins it.
 
     Keras spells it out in a dozen operations, forward and back, each of which walks over all of the maps: without XLA
     to join them, more than half of a step of MobileNetV2. The layers stay Keras's, and so does what is saved.
     """
-    for layer in model.layers:
+    for layer in model.layers if bare_tensorflow() else ():
         if isinstance(layer, keras.Model):
             _fuse_normalization(layer)
         elif type(layer) is keras.layers.BatchNormalization and layer.input_spec.ndim == 4 and layer.axis in (-1, 3):
@@ -140,14 +139,13 @@ def in_windows(model, inputs):
     One small network does not fill several cores, so that a few windows go side by side: a third less time on two.
     """
     parts = windows(len(inputs), at_once())
-    if _bare_tensorflow():
-        _fuse_normalization(model)
+    _fuse_normalization(model)
 
     def apply(window):
         return window, np.asarray(model.predict_on_batch(np.asarray(inputs[window])))
 
     yield apply(parts[0])  # alone: it traces the network
-    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count()) if _bare_tensorflow() else 1) as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count()) if bare_tensorflow() else 1) as pool:
         yield from pool.map(apply, parts[1:])
 
 

@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from cxr.device import bare_tensorflow
+
 
 @keras.saving.register_keras_serializable("cxr")
 class WeightedBinaryCrossentropy(keras.losses.Loss):
@@ -46,16 +48,17 @@ def class_weights(labels, balance):
     return (1.0, 1.5) if balance == "loss_1.5" else (1.0, 1.0)
 
 
+@keras.saving.register_keras_serializable("cxr")
 class Adam(keras.optimizers.Adam):
-    """Keras's Adam, which under TensorFlow takes the step of each variable in one kernel in place of thirty operations.
+    """Keras's Adam, which under TensorFlow on processors takes the step of each variable in one kernel.
 
-    The numbers are the same but for rounding. A small network is traced in less time, a large one walks over its
-    weights once.
+    Keras spells it out in some twenty operations: a small network is traced in less time so, and a large one walks over
+    its weights once. The numbers are the same but for rounding: 1 - 0.999 is taken in float32, where it is 0.00099999.
     """
 
     def update_step(self, gradient, variable, learning_rate):
         """Update one variable."""
-        if keras.backend.backend() != "tensorflow":
+        if not bare_tensorflow():
             return super().update_step(gradient, variable, learning_rate)
         import tensorflow as tf
 
