@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import functools
+import gc
 import os
 import pathlib
 import re
@@ -10,6 +11,31 @@ import unittest.mock
 
 import keras
 import numpy as np
+
+gc.freeze()  # a million objects of these imports never die: who collects garbage after each run need not visit them
+
+
+def _let_input_end_with_its_epoch():
+    """Have the batches that Keras asks a `PyDataset` for end at once, without TensorFlow's tuner of input pipelines.
+
+    There is nothing to tune here. The tuner sleeps, each time twice as long (… 2.6, 5.1, 10.2 s after the start), and
+    one fit in three or so waits for it to wake up: a fit of six seconds then takes ten. There is no public switch.
+    """
+    import tensorflow as tf
+    from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
+
+    tuned = PyDatasetAdapter.get_tf_dataset
+
+    def untuned(adapter):
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        return tuned(adapter).with_options(options)
+
+    PyDatasetAdapter.get_tf_dataset = untuned
+
+
+if keras.backend.backend() == "tensorflow":
+    _let_input_end_with_its_epoch()
 
 
 def on_cpu():

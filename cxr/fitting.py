@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import zipfile
 
 import keras
 import numpy as np
@@ -127,33 +128,49 @@ class Batches(keras.utils.PyDataset):
         self.shuffle()
 
 
-def _random_states(model):
-    """Return the counters behind dropout and augmentation, which Keras's weight files leave out."""
-    return [variable for variable in model.non_trainable_variables if "seed_generator" in variable.path]
+def _state(model):
+    """Return what a resumed training must find as it was: weights, random states, and those of the optimizer."""
+    return [*model.variables, *model.optimizer.variables]
 
 
 def back_up(model, folder, epoch, *, keep, **state):
-    """Write weights, optimizer, random states and `state` (what JSON can hold) after `epoch` epochs into `folder`.
+    """Write all that `model` holds and `state` (what JSON can hold) after `epoch` epochs into `folder`.
 
-    The weights of the epochs in `keep` stay, those of others go.
+    The arrays lie in the model's own order: Keras's weight files leave random states out, and take seconds to find
+    what belongs to each layer. The backups of the epochs in `keep` stay, those of others go.
     """
-    save_atomic(model.save_weights, folder / f"{epoch}.weights.h5")
-    random = [ops.convert_to_numpy(variable).tolist() for variable in _random_states(model)]
-    records.write_atomic(folder / "history.json", json.dumps(state | {"epoch": epoch, "random": random}))
-    for path in folder.glob("*.weights.h5"):
-        if path.name not in {f"{kept}.weights.h5" for kept in keep}:
+    arrays = [ops.convert_to_numpy(variable) for variable in _state(model)]
+    save_atomic(lambda path: np.savez(path, *arrays), folder / f"{epoch}.npz")
+    records.write_atomic(folder / "history.json", json.dumps(state | {"epoch": epoch}))
+    for path in folder.glob("*.npz"):
+        if path.name not in {f"{kept}.npz" for kept in keep}:
             path.unlink()
 
 
+def load(model, folder, epoch):
+    """Give a compiled model what it held after `epoch`, one of the backups in `folder`.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / f"{epoch}.npz"
+    try:
+        with np.load(path) as file:
+            arrays = list(file.values())  # each is held to its checksum
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Delete {folder} and call again: this run begins anew, what is "
+                         "finished is kept.") from error
+    for variable, value in zip(_state(model), arrays, strict=True):
+        variable.assign(value)
+
+
 def restore(model, folder):
-    """Load the backup in `folder` into a compiled model and return its `state` with `epoch`; `None` without one."""
+    """Load the last backup in `folder` into a compiled model; return its `state` with `epoch`, or else `None`."""
     index = folder / "history.json"
     if not index.exists():
         return None
     state = json.loads(index.read_text())
-    model.load_weights(folder / f"{state['epoch']}.weights.h5")
-    for variable, value in zip(_random_states(model), state["random"], strict=True):
-        variable.assign(value)
+    load(model, folder, state["epoch"])
     return state
 
 
@@ -292,7 +309,7 @@ def fit(model, recipe, images, labels, watched, *, seed, folder):
         trained.fit(batches, epochs=recipe.epochs, initial_epoch=epoch, callbacks=[watch], verbose=2,
                     shuffle=False)  # Batches has drawn the order; Keras would draw another one that a resumed run lacks
     if recipe.select == "best":
-        trained.load_weights(watch.folder / f"{watch.best_epoch}.weights.h5")
+        load(trained, watch.folder, watch.best_epoch)
     if trained is not model:
         _copy_state(trained, model)
     return watch.history, trained

@@ -70,11 +70,12 @@ def test_a_read_only_folder_is_named_and_its_records_are_read(run, disk):  # noq
         data.cache_folder(disk / "cache")
 
 
-@pytest.mark.parametrize(("name", "leave"), [("a.keras", 0), ("a.keras", 65536), ("1.weights.h5", 0),
-                                             ("1.weights.h5", 65536)])  # fmt: skip
+@pytest.mark.parametrize("leave", [0, 65536])
+@pytest.mark.parametrize("name", ["a.keras", "1.weights.h5", "1.npz"])
 def test_a_model_is_saved_whole_or_not_at_all(disk, name, leave):
     model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(900)])  # 230 kB
-    save = model.save if name.endswith(".keras") else model.save_weights
+    save = {"a.keras": model.save, "1.weights.h5": model.save_weights,
+            "1.npz": lambda path: np.savez(path, *model.get_weights())}[name]  # as a backup is written
     full = fill(disk, leave=leave)
     with pytest.raises(OSError, match="cannot be written") as caught:
         fitting.save_atomic(save, disk / name)

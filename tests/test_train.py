@@ -210,6 +210,33 @@ def test_resumed_training_gives_the_same_weights(tmp_path, monkeypatch):
     assert again == history
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's input pipeline")
+def test_no_fit_waits_for_the_tuner_of_the_input(monkeypatch):
+    made, begin = [], keras.src.trainers.data_adapters.py_dataset_adapter.PyDatasetAdapter.get_tf_dataset
+
+    def seen(adapter):
+        made.append(begin(adapter))
+        return made[-1]
+
+    monkeypatch.setattr(keras.src.trainers.data_adapters.py_dataset_adapter.PyDatasetAdapter, "get_tf_dataset", seen)
+    images, labels = easy(40)
+    model = fitting.compiled(tiny(16), keras.optimizers.Adam(), "binary_crossentropy")
+    model.fit(fitting.Batches(images, labels, 20, seed=0), verbose=0, shuffle=False)
+    assert [pipeline.options().autotune.enabled for pipeline in made] == [False]
+
+
+def test_a_damaged_backup_is_named_and_nothing_is_trained_from_it(tmp_path):
+    images, labels = easy()
+    arguments = tiny(16), dataclasses.replace(RECIPE, epochs=1), images, labels, {"val": easy(60, seed=1)}
+    train.fit(*arguments, seed=0, folder=tmp_path / "backup")
+    path = tmp_path / "backup" / "1.npz"
+    whole = path.read_bytes()
+    for damaged in (whole[:len(whole) // 2], whole.replace(whole[600:640], bytes(40)[:39] + b"x")):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"1\.npz is damaged .* Delete .*backup and call again"):
+            train.fit(*arguments, seed=0, folder=tmp_path / "backup")
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run over 60 easy images of 60 patients, without files behind them."""
