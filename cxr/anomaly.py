@@ -15,9 +15,9 @@ from scipy import stats
 from sklearn import covariance, metrics, neighbors
 
 from cxr import evaluate, explain, records
+from cxr.backup import save_atomic
 from cxr.decode import blurred
 from cxr.device import start_fresh
-from cxr.fitting import save_atomic
 from cxr.train import labels_of
 
 _around = functools.partial(blurred, share=1 / 24)  # local means

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 
 from cxr import decode, records, sources, train
+from cxr.backup import save_atomic
 from cxr.device import outputs
-from cxr.fitting import save_atomic
 
 THRESHOLD = "sensitivity_95_shifted"
 SIDE = 32  # of the mean image: enough to know a chest from a hand, too little to know a patient

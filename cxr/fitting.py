@@ -1,17 +1,15 @@
-"""One training: the recipe, the compiled step, early stopping, and a backup after each epoch that resumes exactly."""
+"""One training: the recipe, the compiled step, early stopping, and exact resuming from the last epoch."""
 
 import dataclasses
-import json
-import os
 import pathlib
-import zipfile
 
 import keras
 import numpy as np
 from keras import ops
 from sklearn import metrics
 
-from cxr import augment, records
+from cxr import augment
+from cxr.backup import back_up, load, restore
 from cxr.device import blueprint, compiled, num_devices, predict
 from cxr.objective import DiscriminativeAdamW, HardAUC, WeightedBinaryCrossentropy, class_weights
 
@@ -128,52 +126,6 @@ class Batches(keras.utils.PyDataset):
         self.shuffle()
 
 
-def _state(model):
-    """Return what a resumed training must find as it was: weights, random states, and those of the optimizer."""
-    return [*model.variables, *model.optimizer.variables]
-
-
-def back_up(model, folder, epoch, *, keep, **state):
-    """Write all that `model` holds and `state` (what JSON can hold) after `epoch` epochs into `folder`.
-
-    The arrays lie in the model's own order: Keras's weight files leave random states out, and take seconds to find
-    what belongs to each layer. The backups of the epochs in `keep` stay, those of others go.
-    """
-    arrays = [ops.convert_to_numpy(variable) for variable in _state(model)]
-    save_atomic(lambda path: np.savez(path, *arrays), folder / f"{epoch}.npz")
-    records.write_atomic(folder / "history.json", json.dumps(state | {"epoch": epoch}))
-    for path in folder.glob("*.npz"):
-        if path.name not in {f"{kept}.npz" for kept in keep}:
-            path.unlink()
-
-
-def load(model, folder, epoch):
-    """Give a compiled model what it held after `epoch`, one of the backups in `folder`.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path = folder / f"{epoch}.npz"
-    try:
-        with np.load(path) as file:
-            arrays = list(file.values())  # each is held to its checksum
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}). Delete {folder} and call again: this run begins anew, what is "
-                         "finished is kept.") from error
-    for variable, value in zip(_state(model), arrays, strict=True):
-        variable.assign(value)
-
-
-def restore(model, folder):
-    """Load the last backup in `folder` into a compiled model; return its `state` with `epoch`, or else `None`."""
-    index = folder / "history.json"
-    if not index.exists():
-        return None
-    state = json.loads(index.read_text())
-    load(model, folder, state["epoch"])
-    return state
-
-
 class Watch(keras.callbacks.Callback):
     """Score the watched sets after each epoch, keep the best weights, stop early, and back everything up to resume.
 
@@ -220,18 +172,6 @@ class Watch(keras.callbacks.Callback):
             scores[f"{name}_auc"] = metrics.roc_auc_score(labels, y_score)
             scores[f"{name}_accuracy"] = np.mean((y_score >= 0.5) == labels)
         return scores
-
-
-def save_atomic(save, path):
-    """Call Keras's `save(path)` under a temporary name in the same folder, then rename; the suffix stays."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        with records.named(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save(temporary)
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _compile(model, recipe, labels, steps):

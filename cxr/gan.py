@@ -12,8 +12,9 @@ import numpy as np
 from keras import layers, ops
 from sklearn import metrics, neighbors
 
+from cxr.backup import back_up, restore, save_atomic
 from cxr.device import compiled, outputs
-from cxr.fitting import Batches, back_up, restore, save_atomic
+from cxr.fitting import Batches
 from cxr.objective import Adam
 
 LATENT = 100

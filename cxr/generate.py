@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from cxr import augment, deploy, device, fitting, gan, models, objective, train
+from cxr import augment, backup, deploy, device, fitting, gan, models, objective, train
 
 NUM_FAKES = 500
 
@@ -87,8 +87,8 @@ def trained(run, variant, recipe, build, images, manifest, spaces, seed=0):
     history, film = gan.fit(model, real, epochs=recipe.epochs, batch_size=recipe.batch_size, average=recipe.average,
                             seed=seed, folder=folder, every=max(1, recipe.epochs // 8))
     done = time.monotonic()
-    fitting.save_atomic(model.generator.save, path)
-    fitting.save_atomic(lambda place: np.save(place, film), film_path)
+    backup.save_atomic(model.generator.save, path)
+    backup.save_atomic(lambda place: np.save(place, film), film_path)
     held = {name: np.flatnonzero(manifest["split"].eq(name) & manifest["label"].eq(recipe.label))
             for name in ("val", "test")}
     judged = judge(model.generator, real, images[np.concatenate(list(held.values()))], spaces, seed=seed)

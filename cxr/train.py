@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 
 from cxr import augment, engine, transfer
+from cxr.backup import save_atomic
 from cxr.device import on_cpu, predict, start_fresh
-from cxr.fitting import Recipe, fit, save_atomic
+from cxr.fitting import Recipe, fit
 
 __all__ = ["Recipe", "fit", "labels_of", "load_model", "on_cpu", "predict", "predictions", "repeat", "rescore",
            "sweep"]

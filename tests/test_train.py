@@ -212,13 +212,14 @@ def test_resumed_training_gives_the_same_weights(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's input pipeline")
 def test_no_fit_waits_for_the_tuner_of_the_input(monkeypatch):
-    made, begin = [], keras.src.trainers.data_adapters.py_dataset_adapter.PyDatasetAdapter.get_tf_dataset
+    adapter = keras.src.trainers.data_adapters.py_dataset_adapter.PyDatasetAdapter
+    made, begin = [], adapter.get_tf_dataset
 
-    def seen(adapter):
-        made.append(begin(adapter))
+    def seen(batches):
+        made.append(begin(batches))
         return made[-1]
 
-    monkeypatch.setattr(keras.src.trainers.data_adapters.py_dataset_adapter.PyDatasetAdapter, "get_tf_dataset", seen)
+    monkeypatch.setattr(adapter, "get_tf_dataset", seen)
     images, labels = easy(40)
     model = fitting.compiled(tiny(16), keras.optimizers.Adam(), "binary_crossentropy")
     model.fit(fitting.Batches(images, labels, 20, seed=0), verbose=0, shuffle=False)
@@ -235,6 +236,9 @@ def test_a_damaged_backup_is_named_and_nothing_is_trained_from_it(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"1\.npz is damaged .* Delete .*backup and call again"):
             train.fit(*arguments, seed=0, folder=tmp_path / "backup")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"1\.npz is damaged .*No such file.* call again"):
+        train.fit(*arguments, seed=0, folder=tmp_path / "backup")
 
 
 @pytest.fixture

@@ -1,0 +1,68 @@
+"""Files that training leaves behind: a model whole or not at all, and a backup after each epoch to resume from."""
+
+import json
+import os
+import zipfile
+
+import numpy as np
+from keras import ops
+
+from cxr import records
+
+
+def save_atomic(save, path):
+    """Call Keras's `save(path)` under a temporary name in the same folder, then rename; the suffix stays."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        with records.named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(temporary)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _state(model):
+    """Return what a resumed training must find as it was: weights, random states, and those of the optimizer."""
+    return [*model.variables, *model.optimizer.variables]
+
+
+def back_up(model, folder, epoch, *, keep, **state):
+    """Write all that `model` holds and `state` (what JSON can hold) after `epoch` epochs into `folder`.
+
+    The arrays lie in the model's own order: Keras's weight files leave random states out, and take three times as long
+    to find what belongs to each layer. The backups of the epochs in `keep` stay, those of others go.
+    """
+    arrays = [ops.convert_to_numpy(variable) for variable in _state(model)]
+    save_atomic(lambda path: np.savez(path, *arrays), folder / f"{epoch}.npz")
+    records.write_atomic(folder / "history.json", json.dumps(state | {"epoch": epoch}))
+    for path in folder.glob("*.npz"):
+        if path.name not in {f"{kept}.npz" for kept in keep}:
+            path.unlink()
+
+
+def load(model, folder, epoch):
+    """Give a compiled model what it held after `epoch`, one of the backups in `folder`.
+
+    Raises:
+        ValueError: the file is damaged, or missing, as after a call with an earlier version.
+    """
+    path = folder / f"{epoch}.npz"
+    try:
+        with np.load(path) as file:
+            arrays = list(file.values())  # each is held to its checksum
+    except (zipfile.BadZipFile, ValueError, EOFError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Delete {folder} and call again: this run begins anew, what is "
+                         "finished is kept.") from error
+    for variable, value in zip(_state(model), arrays, strict=True):
+        variable.assign(value)
+
+
+def restore(model, folder):
+    """Load the last backup in `folder` into a compiled model; return its `state` with `epoch`, or else `None`."""
+    index = folder / "history.json"
+    if not index.exists():
+        return None
+    state = json.loads(index.read_text())
+    load(model, folder, state["epoch"])
+    return state
