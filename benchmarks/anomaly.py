@@ -17,7 +17,7 @@ from scipy import stats
 from torch import nn
 from training import BATCH, RESULT, measure, random_images, take_turns
 
-from cxr import anomaly, autoencoder, device, records
+from cxr import anomaly, autoencoder, device, objective, records
 
 
 def torch_autoencoder(size):
@@ -32,7 +32,7 @@ def torch_autoencoder(size):
 def keras_side(images):
     """Return a function that trains one epoch as `autoencoder.fit` does, and the number of parameters."""
     model = autoencoder.seed_autoencoder(images.shape[1])
-    model.compile(keras.optimizers.Adam(1e-3), "binary_crossentropy", jit_compile=device.jit_compile())
+    device.compiled(model, objective.Adam(1e-3), "binary_crossentropy")
     batches = autoencoder._Pairs(images, None, BATCH, seed=0)
     return lambda: model.fit(batches, verbose=0, shuffle=False), model.count_params()
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 from training import BATCH, RESULT, random_images, take_turns
 
-from cxr import device, gan, records
+from cxr import device, gan, objective, records
 
 
 def torch_generator(widths, smooth):
@@ -84,9 +84,9 @@ def keras_side(name, size, images, steps):
     device.start_fresh(0)
     model = getattr(gan, name)(size, 0)
     model.stack = []  # both sides without augmentation
-    model.compile(keras.optimizers.Adam(2e-4, beta_1=0.5), jit_compile=device.jit_compile())
     batch = images[..., None]
     model(batch[:2])
+    device.compiled(model, objective.Adam(2e-4, beta_1=0.5))
     return (lambda: [model.train_on_batch(batch) for _ in range(steps)],
             sum(int(np.prod(weight.shape)) for weight in model.trainable_weights))
 

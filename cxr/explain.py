@@ -15,6 +15,7 @@ from scipy import special, stats
 from sklearn import metrics
 
 from cxr import decode, transfer
+from cxr.device import outputs, predict
 
 
 def grad_cam(model, images, *, label=1):
@@ -138,7 +139,7 @@ def occlusion(model, images, *, label=1, share=0.15):
         painted = np.repeat(image[None], len(places) + 1, axis=0)
         for copy, place in zip(painted[1:], places, strict=True):
             copy[place] = round(float(image.mean()))
-        whole, *hidden = to_logit.predict_on_batch(painted[..., None])[:, 0] * (1 if label else -1)
+        whole, *hidden = outputs(to_logit, painted[..., None])[:, 0] * (1 if label else -1)
         count = np.zeros_like(out)
         for value, place in zip(hidden, places, strict=True):
             out[place] += max(float(whole - value), 0)
@@ -214,15 +215,15 @@ def faithfulness(model, images, heat, *, steps=8):
 
     Source: Petsiuk et al. 2018 (deletion and insertion).
     """
-    found = np.empty((2, len(images)))
+    stages = []
     for index, (image, one) in enumerate(zip(images, heat, strict=True)):
         blurred = decode.blurred(image, 1 / 10)
         noise = np.random.default_rng(index).random(one.size)  # pixels of one value are taken in random order
         rank = np.lexsort((noise, -one.ravel())).argsort().reshape(one.shape)
         hidden = np.stack([rank < share * one.size for share in np.arange(1, steps + 1) / (steps + 1)])
-        stages = np.concatenate([np.where(hidden, blurred, image), np.where(hidden, image, blurred)])
-        found[:, index] = np.asarray(model.predict_on_batch(stages[..., None]))[:, 0].reshape(2, steps).mean(1)
-    return found[0], found[1]
+        stages += [np.where(hidden, blurred, image), np.where(hidden, image, blurred)]
+    found = predict(model, np.concatenate(stages)).reshape(len(images), 2, steps).mean(2)
+    return found[:, 0], found[:, 1]
 
 
 def smooth_noise(images, seed=0):
