@@ -1,7 +1,7 @@
 """What larger sets would take, and the work of the full profile: tables of docs/scaling.md from committed measurements.
 
-Rates come from the other benchmarks and from the `seconds` of the published records (the fastest seed, which was
-disturbed least). What neither holds is measured here in seconds of processors, which other processes on the machine
+Rates come from the other benchmarks and from the `seconds` of the published records (their median
+seed). What neither holds is measured here in seconds of processors, which other processes on the machine
 hardly change: the search for near duplicates, PNG files, a step of ResNet18, and the arithmetic of each network.
 
     python benchmarks/scaling.py [--films 100] [--steps 2]     # measures, then writes the tables
@@ -26,26 +26,30 @@ BEGIN, END = "<!-- scaling:begin -->", "<!-- scaling:end -->"
 SETS = {"NIH ChestX-ray14": {"images": 112_120, "megapixels": 1.05, "gigabytes": 42, "suffix": "png"},
         "MIMIC-CXR-JPG": {"images": 377_110, "megapixels": 7.8, "gigabytes": 558, "suffix": "jpeg"}}
 VALIDATION, SHIFTED = 0.12, 3  # share of train, and shifted copies of each, as in the protocol
-SEEDS, EPOCHS = 5, 8  # of the headline recipe
+HEADLINE, SEEDS, EPOCHS = "mobilenet_v2 full with aspect jitter, 16 epochs", 5, 16
 
 # Assumptions, not measurements.
 CORES, CORE_HOUR, GPU_HOUR, GIGABYTE_MONTH = 32, 0.05, 4.00, 0.10  # of a rented machine; US dollars
 PEAK, SHARE = 989e12, 0.10  # dense bfloat16 FLOP/s of an H200 by its data sheet, and what small networks get of it
-STEP, COMPILE = 0.004, 20  # seconds that a step takes however small, and that a run takes to compile
+STEP, COMPILE = 0.004, 20  # seconds that a step takes however small, and a compilation
 
-# (notebook, network, px, epochs, images an epoch, batch, runs) of the full profile on one GPU; see the notebooks.
-WORK = [("02", "seed_cnn", 180, 10, 4186, 16, 5), ("02", "lab_cnn", 96, 12, 4580, 32, 5),
-        ("03", "seed_cnn", 180, 10, 4186, 16, 5), ("03", "lab_cnn", 48, 6, 4580, 32, 51),
-        ("03", "lab_cnn", 96, 20, 4580, 32, 5), ("04", "resnet18", 180, 10, 4186, 16, 3),
-        ("04", "resnet18", 180, 12, 4580, 32, 3), ("05", "mobilenet_v2", 224, 8, 9160, 32, 5),
-        ("05", "mobilenet_v2", 160, 8, 4580, 32, 10), ("05", "mobilenet_v2", 224, 15, 4580, 64, 3),
-        ("05", "mobilenet_v2", 224, 20, 4580, 64, 3),
-        *[("05", name, 224, 4, 4580, 64, 5) for name in ("efficientnet_b0", "densenet_121", "convnext_tiny",
-                                                         "resnet_50")],
-        ("06", "lab_cnn", 48, 6, 4580, 32, 51), ("07", "s4_cnn", 64, 6, 1700, 64, 85),
-        ("07", "seed_dcgan", 64, 30, 600, 64, 1), ("07", "lab_dcgan", 64, 100, 600, 64, 7),
-        ("08", "seed_autoencoder", 150, 10, 1190, 32, 1), ("08", "autoencoder", 64, 20, 1190, 32, 18),
-        ("08", "lab_cnn", 64, 12, 4760, 32, 6), ("08", "segmenter", 64, 20, 2400, 32, 6)]
+# (notebook, network, px, epochs, images an epoch, batch, runs, compilations) of the full profile on one GPU; see the
+# notebooks. Runs that follow one another and differ in seed, data or mixing alone share a compiled step
+# (`fitting._compile`). A "head" is all that is trained on stored features.
+WORK = [("02", "seed_cnn", 180, 10, 4186, 16, 5, 1), ("02", "lab_cnn", 96, 12, 4580, 32, 5, 1),
+        ("03", "seed_cnn", 180, 10, 4186, 16, 5, 1), ("03", "lab_cnn", 48, 6, 4580, 32, 51, 17),
+        ("03", "lab_cnn", 96, 20, 4580, 32, 5, 1), ("04", "resnet18", 180, 10, 4186, 16, 3, 1),
+        ("04", "resnet18", 180, 12, 4580, 32, 3, 1), ("05", "head", 224, 30, 9160, 32, 5, 1),
+        ("05", "mobilenet_v2", 224, 8, 9160, 32, 5, 1), ("05", "mobilenet_v2", 160, 8, 4580, 32, 10, 2),
+        ("05", "mobilenet_v2", 160, 16, 4580, 32, 5, 1), ("05", "head", 224, 10, 4580, 64, 3, 1),
+        ("05", "mobilenet_v2", 224, 15, 4580, 64, 3, 1), ("05", "mobilenet_v2", 224, 20, 4580, 64, 3, 1),
+        ("05", "head", 224, 30, 4580, 64, 8, 8),
+        *[("05", name, 224, 4, 4580, 64, 5, 5) for name in ("efficientnet_b0", "densenet_121", "convnext_tiny",
+                                                            "resnet_50")],
+        ("06", "lab_cnn", 48, 6, 4580, 32, 51, 1), ("07", "s4_cnn", 64, 6, 1700, 64, 85, 47),
+        ("07", "seed_dcgan", 64, 30, 600, 64, 1, 1), ("07", "lab_dcgan", 64, 100, 600, 64, 7, 7),
+        ("08", "seed_autoencoder", 150, 10, 1190, 32, 1, 1), ("08", "autoencoder", 64, 20, 1190, 32, 18, 18),
+        ("08", "lab_cnn", 64, 12, 4760, 32, 6, 2), ("08", "segmenter", 64, 20, 2400, 32, 6, 6)]
 
 
 def flops(model):
@@ -88,6 +92,9 @@ def networks():
         elif name.endswith("dcgan"):
             kind = name.partition("_")[0]
             yield name, size, [getattr(gan, f"{kind}_{part}")(size) for part in ("generator", "discriminator")]
+        elif name == "head":
+            frozen = transfer.build("mobilenet_v2", "frozen", size, weights=None)
+            yield name, size, [transfer.split(frozen, "frozen")[1]]
         else:
             yield name, size, [getattr(autoencoder if hasattr(autoencoder, name) else models, name)(size)]
 
@@ -141,12 +148,11 @@ def rates():
     """Return `[step, images a second on two cores, source]` at the size that each was measured at."""
     load = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in ("decode", "training", "scaling")}
     jpeg, spent = load["decode"], load["scaling"]["processor_seconds"]
-    frozen, full = published("mobilenet_v2 frozen"), published("mobilenet_v2 full")
-    parts = full[0]["data"]["num_images"]
+    frozen, headline = published("mobilenet_v2 frozen"), published(HEADLINE)
+    parts = headline[0]["data"]["num_images"]
     seen = 2 * parts["train"] + (1 + SHIFTED) * parts["val"]  # an augmented copy of each; validation, shifted too
     once = frozen[0]["seconds"]["train"] - statistics.median(record["seconds"]["train"] for record in frozen[1:])
-    epochs = len(full[0]["history"]["loss"])
-    trained = epochs * parts["train"] / min(record["seconds"]["train"] for record in full)
+    trained = EPOCHS * parts["train"] / statistics.median(record["seconds"]["train"] for record in headline)
     cnn = {name: row["keras_images_per_second"] for name, row in load["training"]["networks"].items()}
     return [
         ("scan", "hash, decode, measure a JPEG of 1.8 megapixels", jpeg["images"] / jpeg["seconds"]["scan"],
@@ -159,7 +165,7 @@ def rates():
         ("seed_cnn", "train study S2's CNN at 180 px", cnn["seed_cnn"], "training.json"),
         ("lab_cnn", "train the lab's CNN at 96 px", cnn["lab_cnn"], "training.json"),
         ("resnet18", "train ResNet18 at 180 px", 2 / spent["resnet18_per_image"], "scaling.json"),
-        ("mobilenet_v2", "train MobileNetV2 at 160 px, all of it, with scoring", trained, "records of 05, full"),
+        ("mobilenet_v2", "train MobileNetV2 at 160 px, all of it, with scoring", trained, "records of 05, headline"),
     ]
 
 
@@ -204,11 +210,11 @@ def needs(about, spent):
 
 
 def work():
-    """Return rows of the full profile's work: notebook, network, runs, steps, image passes, FLOP of training."""
+    """Return rows of the full profile's work: notebook, network, px, runs, compilations, steps, image passes, FLOP."""
     forward = json.loads((RESULTS / "scaling.json").read_text())["forward_flops"]
-    return [(notebook, name, size, runs, runs * epochs * -(-images // batch), runs * epochs * images,
+    return [(notebook, name, size, runs, compilations, runs * epochs * -(-images // batch), runs * epochs * images,
              3 * runs * epochs * images * forward[f"{name} {size}"])
-            for notebook, name, size, epochs, images, batch, runs in WORK]
+            for notebook, name, size, epochs, images, batch, runs, compilations in WORK]
 
 
 def table(head, rows):
@@ -219,6 +225,8 @@ def table(head, rows):
 
 def number(value):
     """Return three significant digits without an exponent."""
+    if value < 0.001:
+        return "< 0.001"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -228,9 +236,9 @@ def tables():
     rate = {key: value for key, _, value, _ in rate_rows}
     spent = {name: hours(about, rate) for name, about in SETS.items()}
     wanted = {name: needs(about, spent[name]) for name, about in SETS.items()}
-    total, steps, runs = (sum(row[place] for row in rows) for place in (6, 4, 3))
-    passes = sum(row[5] for row in rows)
-    bounds = {"arithmetic": total / (PEAK * SHARE) / 60, "steps": steps * STEP / 60, "compiling": runs * COMPILE / 60}
+    runs, compilations, steps, passes, total = (sum(row[place] for row in rows) for place in range(3, 8))
+    bounds = {"arithmetic": total / (PEAK * SHARE) / 60, "steps": steps * STEP / 60,
+              "compiling": compilations * COMPILE / 60}
     first = next(iter(spent.values()))
     return "\n\n".join([
         "### Measured rates, images a second on two cores", table(
@@ -241,10 +249,10 @@ def tables():
         "### Memory, disk, money", table(["what", *SETS], [(what, *(wanted[name][what] for name in SETS))
                                                           for what in next(iter(wanted.values()))]),
         "### The work of the full profile", table(
-            ["notebook", "network", "runs", "steps", "image passes", "PFLOP"],
-            [(notebook, f"{name}, {size} px", runs, f"{steps:,}", f"{passes:,}", number(total / 1e15))
-             for notebook, name, size, runs, steps, passes, total in rows]
-            + [("all", "", runs, f"{steps:,}", f"{passes:,}", number(total / 1e15))]),
+            ["notebook", "network", "runs", "compilations", "steps", "image passes", "PFLOP"],
+            [(notebook, f"{name}, {size} px", *rest, f"{steps:,}", f"{passes:,}", number(total / 1e15))
+             for notebook, name, size, *rest, steps, passes, total in rows]
+            + [("all", "", runs, compilations, f"{steps:,}", f"{passes:,}", number(total / 1e15))]),
         "**Estimate, not measured**, for one H200-class GPU, one run after another: " + ", ".join(
             f"{name} {value:.0f} min" for name, value in bounds.items()) + "."])
 

@@ -44,6 +44,10 @@ class RandomBlend(layers.Layer):
         self.layer, self.seed = layer, seed
         self.generator = keras.random.SeedGenerator(seed)
 
+    def build(self, input_shape):
+        """Build `layer`, which does not change the shape."""
+        self.layer.build(input_shape)
+
     def call(self, images, training=False):
         """Return `images`, blended while training."""
         if not training:

@@ -41,6 +41,12 @@ def back_up(model, folder, epoch, *, keep, **state):
             path.unlink()
 
 
+def spent(folder):
+    """Return the seconds that earlier calls trained before they left the backup in `folder`; 0.0 where none is."""
+    index = folder / "history.json"
+    return json.loads(index.read_text()).get("seconds", 0.0) if index.exists() else 0.0
+
+
 def load(model, folder, epoch):
     """Give a compiled model what it held after `epoch`, one of the backups in `folder`.
 

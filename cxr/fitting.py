@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import time
 
 import keras
 import numpy as np
@@ -9,7 +10,7 @@ from keras import ops
 from sklearn import metrics
 
 from cxr import augment
-from cxr.backup import back_up, load, restore
+from cxr.backup import back_up, load, restore, spent
 from cxr.device import blueprint, compiled, num_devices, predict
 from cxr.objective import DiscriminativeAdamW, HardAUC, WeightedBinaryCrossentropy, class_weights
 
@@ -139,6 +140,7 @@ class Watch(keras.callbacks.Callback):
         super().__init__()
         self.watched, self.recipe, self.folder = watched, recipe, pathlib.Path(folder)
         self.history, self.best_epoch = {}, None
+        self.began = time.monotonic() - spent(self.folder)
 
     def restore(self, model):
         """Load the backup into `model`, if there is one, and return the epoch to go on with."""
@@ -161,7 +163,7 @@ class Watch(keras.callbacks.Callback):
         self.best_epoch = int(np.argmax(monitored)) + 1
         logs.update({name: values[-1] for name, values in self.history.items()})
         back_up(self.model, self.folder, epoch + 1, keep=(epoch + 1, self.best_epoch), history=self.history,
-                best_epoch=self.best_epoch)
+                best_epoch=self.best_epoch, seconds=round(time.monotonic() - self.began, 2))
         self.model.stop_training = self.finished(epoch + 1)
 
     def _scores(self):

@@ -6,13 +6,14 @@ with its weights held fixed, so that one optimizer serves both. Images are uint8
 
 import pathlib
 import tempfile
+import time
 
 import keras
 import numpy as np
 from keras import layers, ops
 from sklearn import metrics, neighbors
 
-from cxr.backup import back_up, restore, save_atomic
+from cxr.backup import back_up, restore, save_atomic, spent
 from cxr.device import compiled, outputs
 from cxr.fitting import Batches
 from cxr.objective import Adam
@@ -147,6 +148,7 @@ class _Progress(keras.callbacks.Callback):
         super().__init__()
         self.folder, self.every, self.codes = pathlib.Path(folder), every, codes
         self.history, self.film = {"generator_loss": [], "discriminator_loss": []}, []
+        self.began = time.monotonic() - spent(self.folder)
 
     def on_epoch_end(self, epoch, logs=None):
         for name, values in self.history.items():
@@ -161,7 +163,8 @@ class _Progress(keras.callbacks.Callback):
             self.film.append(fakes)
         film = np.stack(self.film) if self.film else np.empty(0, "uint8")
         save_atomic(lambda path: np.save(path, film), self.folder / "film.npy")
-        back_up(self.model, self.folder, epoch + 1, keep=(epoch + 1,), history=self.history, pictures=len(self.film))
+        back_up(self.model, self.folder, epoch + 1, keep=(epoch + 1,), history=self.history, pictures=len(self.film),
+                seconds=round(time.monotonic() - self.began, 2))
 
 
 def _restore(progress, model):

@@ -82,6 +82,7 @@ def trained(run, variant, recipe, build, images, manifest, spaces, seed=0):
     start = time.monotonic()
     device.start_fresh(seed)
     folder = run.directory / "cache" / "backup" / run_id
+    earlier = backup.spent(folder)
     real = images[train_rows(manifest, recipe.label)]
     model = build(recipe.image_size, seed)
     history, film = gan.fit(model, real, epochs=recipe.epochs, batch_size=recipe.batch_size, average=recipe.average,
@@ -95,7 +96,7 @@ def trained(run, variant, recipe, build, images, manifest, spaces, seed=0):
     table = real_or_fake(model.generator, real, images, manifest, held, seed=seed)
     record = run.save(variant, config, seed, table, purpose="generate", manifest=manifest, history=history,
                       judged=judged, num_real=len(real), num_steps=recipe.epochs * -(-len(real) // recipe.batch_size),
-                      seconds={"train": round(done - start, 2), "judge": round(time.monotonic() - done, 2)})
+                      seconds={"train": round(earlier + done - start, 2), "judge": round(time.monotonic() - done, 2)})
     shutil.rmtree(folder)
     return Drawn(record, model.generator, film)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cxr import augment, engine, transfer
-from cxr.backup import save_atomic
+from cxr.backup import save_atomic, spent
 from cxr.device import on_cpu, predict, start_fresh
 from cxr.fitting import Recipe, fit
 
@@ -121,7 +121,7 @@ def _train_one(run, variant, recipe, build, seed, *, images, manifest, extra, or
     start_fresh(seed)  # the initial weights and dropout of this run
     model = build(recipe.image_size, augment.stack(recipe.augment))
     folder = run.directory / "cache" / "backup" / run_id
-    ready = time.monotonic()
+    ready, earlier = time.monotonic(), spent(folder)
     part, seen = model, lambda pixels: pixels
     if transfer.is_stored(recipe):
         body, part = transfer.split(model, recipe.strategy)
@@ -135,7 +135,7 @@ def _train_one(run, variant, recipe, build, seed, *, images, manifest, extra, or
     save_atomic(served.save, run.directory / "models" / f"{run_id}.keras")
     record = run.save(variant, recipe.config(), seed, table, manifest=manifest, history=history,
                       num_parameters=model.count_params(),
-                      seconds={"data": round(ready - start, 2), "train": round(trained - ready, 2),
+                      seconds={"data": round(ready - start, 2), "train": round(earlier + trained - ready, 2),
                                "predict": round(time.monotonic() - trained, 2)})
     shutil.rmtree(folder)
     return record

@@ -275,6 +275,22 @@ def test_repeat_writes_one_record_a_seed_and_then_loads_them(run):
     np.testing.assert_allclose(train.predict(model, images[70:]), test["y_score"], rtol=1e-4)
 
 
+def test_a_resumed_run_tells_the_seconds_of_all_its_calls(run, monkeypatch):
+    run, images = run
+    backup = fitting.back_up
+
+    def die(model, folder, epoch, seconds, **state):
+        backup(model, folder, epoch, seconds=seconds + 1000, **state)  # as if this epoch had taken that long
+        raise KilledError
+
+    monkeypatch.setattr(fitting, "back_up", die)
+    with pytest.raises(KilledError):
+        train.repeat(run, "tiny", RECIPE, tiny, images=images, seeds=[0])
+    monkeypatch.setattr(fitting, "back_up", backup)
+    again, other = train.repeat(run, "tiny", RECIPE, tiny, images=images)
+    assert 1000 < again["seconds"]["train"] < 1100 and other["seconds"]["train"] < 100
+
+
 def test_same_seed_same_record_other_seed_another(run, tmp_path):
     run, images = run
     first = train.repeat(run, "tiny", RECIPE, tiny, images=images)
