@@ -35,7 +35,7 @@ STEP, COMPILE = 0.004, 20  # seconds that a step takes however small, and a comp
 
 # (notebook, network, px, epochs, images an epoch, batch, runs, compilations) of the full profile on one GPU; see the
 # notebooks. Runs that follow one another and differ in seed, data or mixing alone share a compiled step
-# (`fitting._compile`). A "head" is all that is trained on stored features.
+# (`device.compiled_once`). A "head" is all that is trained on stored features.
 WORK = [("02", "seed_cnn", 180, 10, 4186, 16, 5, 1), ("02", "lab_cnn", 96, 12, 4580, 32, 5, 1),
         ("03", "seed_cnn", 180, 10, 4186, 16, 5, 1), ("03", "lab_cnn", 48, 6, 4580, 32, 51, 17),
         ("03", "lab_cnn", 96, 20, 4580, 32, 5, 1), ("04", "resnet18", 180, 10, 4186, 16, 3, 1),
@@ -48,8 +48,8 @@ WORK = [("02", "seed_cnn", 180, 10, 4186, 16, 5, 1), ("02", "lab_cnn", 96, 12, 4
                                                             "resnet_50")],
         ("06", "lab_cnn", 48, 6, 4580, 32, 51, 1), ("07", "s4_cnn", 64, 6, 1700, 64, 85, 47),
         ("07", "seed_dcgan", 64, 30, 600, 64, 1, 1), ("07", "lab_dcgan", 64, 100, 600, 64, 7, 7),
-        ("08", "seed_autoencoder", 150, 10, 1190, 32, 1, 1), ("08", "autoencoder", 64, 20, 1190, 32, 18, 18),
-        ("08", "lab_cnn", 64, 12, 4760, 32, 6, 2), ("08", "segmenter", 64, 20, 2400, 32, 6, 6)]
+        ("08", "seed_autoencoder", 150, 10, 1190, 32, 1, 1), ("08", "autoencoder", 64, 20, 1190, 32, 24, 7),
+        ("08", "lab_cnn", 64, 12, 4760, 32, 6, 2), ("08", "segmenter", 64, 20, 2400, 32, 7, 3)]
 
 
 def flops(model):

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from cxr.device import compiled, outputs
+from cxr.device import compiled_once, copy_state, outputs
 from cxr.models import TrainingOnly, image_input
 from cxr.objective import Adam
 
@@ -153,8 +153,9 @@ def fit(model, images, targets=None, *, epochs, seed, batch_size=32, learning_ra
     if not len(images):
         raise ValueError("There are no normal images to learn from: check the NORMAL folder and the split.")
     check_size(model, images)
-    compiled(model, Adam(learning_rate), loss)
-    found = model.fit(_Pairs(images, targets, batch_size, seed), epochs=epochs, verbose=2, shuffle=False)
+    trained = compiled_once(model, Adam(learning_rate), loss)
+    found = trained.fit(_Pairs(images, targets, batch_size, seed), epochs=epochs, verbose=2, shuffle=False)
+    copy_state(trained, model)
     return {name: [round(float(value), 6) for value in values] for name, values in found.history.items()}
 
 

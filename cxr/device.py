@@ -11,8 +11,11 @@ import unittest.mock
 
 import keras
 import numpy as np
+from keras import ops
 
 gc.freeze()  # a million objects of these imports never die: who collects garbage after each run need not visit them
+
+_kept = {}  # the model of `compiled_once` that was compiled last, and what it was compiled for
 
 
 def _let_input_end_with_its_epoch():
@@ -102,6 +105,36 @@ def compiled(model, optimizer, loss=None, **options):
     model.compile(optimizer, loss, jit_compile=jit_compile(), **options)
     model.optimizer.build(model.trainable_variables)
     return model
+
+
+def compiled_once(model, optimizer, loss, **options):
+    """Return a compiled model that computes what `model` does and holds its state: `model`, or one from before.
+
+    Runs of a comparison are often one network with other seeds or other data. Tracing its step again for each takes
+    longer than many a short training, so the last compiled one is kept and given the new one's state. The caller hands
+    what it has learnt back by `copy_state`. Arguments are those of `compiled`.
+    """
+    about = keras.saving.serialize_keras_object([optimizer, loss, options])
+    key = blueprint(model), about, keras.distribution.distribution()
+    if _kept.get("key") != key:
+        _kept.clear()
+        _kept.update(key=key, model=compiled(model, optimizer, loss, **options))
+        return model
+    copy_state(model, _kept["model"])
+    for variable in _kept["model"].optimizer.variables:
+        if not variable.path.endswith("learning_rate"):
+            variable.assign(ops.zeros(variable.shape, variable.dtype))
+    return _kept["model"]
+
+
+def copy_state(source, target):
+    """Give `target` the weights and random states of `source`, a model of the same layers, or the same model.
+
+    As copies: JAX gives an array that two models share to the next training, and takes it from the other.
+    """
+    for theirs, ours in zip(source.variables, target.variables, strict=True):
+        if ours is not theirs:
+            ours.assign(ops.copy(theirs))
 
 
 def _fuse_normalization(model):

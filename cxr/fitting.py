@@ -6,15 +6,12 @@ import time
 
 import keras
 import numpy as np
-from keras import ops
 from sklearn import metrics
 
 from cxr import augment
 from cxr.backup import back_up, load, restore, spent
-from cxr.device import blueprint, compiled, num_devices, predict
+from cxr.device import compiled_once, copy_state, num_devices, predict
 from cxr.objective import DiscriminativeAdamW, HardAUC, WeightedBinaryCrossentropy, class_weights
-
-_kept = {}  # the model that was compiled last, and what it was compiled for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,22 +174,9 @@ class Watch(keras.callbacks.Callback):
 
 
 def _compile(model, recipe, labels, steps):
-    """Return a compiled model that computes what `model` does and holds its weights: `model`, or one from before.
-
-    Runs of a comparison are often one network with other seeds or other data. Tracing its step again for each takes
-    longer than many a short training, so the last compiled one is kept and given the new one's state.
-    """
+    """Return a compiled model that computes what `model` does and holds its weights: `model`, or one from before."""
     negative, positive = class_weights(labels, recipe.balance)
-    weights = float(negative), float(positive), recipe.label_smoothing
-    baked = [recipe.learning_rate, recipe.schedule, recipe.epochs, steps, recipe.weight_decay, recipe.backbone_rate]
-    key = blueprint(model), *weights, *baked, keras.distribution.distribution()
-    if _kept.get("key") == key:
-        _copy_state(model, _kept["model"])
-        for variable in _kept["model"].optimizer.variables:
-            if not variable.path.endswith("learning_rate"):
-                variable.assign(ops.zeros(variable.shape, variable.dtype))
-        return _kept["model"]
-    _kept.clear()
+    loss = WeightedBinaryCrossentropy(float(negative), float(positive), recipe.label_smoothing)
     rate = recipe.learning_rate
     if recipe.schedule == "cosine":
         rate = keras.optimizers.schedules.CosineDecay(0.0, steps * (recipe.epochs - 1), warmup_target=rate,
@@ -200,18 +184,7 @@ def _compile(model, recipe, labels, steps):
     if recipe.schedule == "step":
         rate = keras.optimizers.schedules.ExponentialDecay(rate, 7 * steps, 0.1, staircase=True)
     optimizer = DiscriminativeAdamW(rate, decoupled_decay=recipe.weight_decay, backbone_rate=recipe.backbone_rate)
-    compiled(model, optimizer, WeightedBinaryCrossentropy(*weights), metrics=[HardAUC(name="auc")])
-    _kept.update(key=key, model=model)
-    return model
-
-
-def _copy_state(source, target):
-    """Give `target` the weights and random states of `source`, a model of the same layers.
-
-    As copies: JAX gives an array that two models share to the next training, and takes it from the other.
-    """
-    for theirs, ours in zip(source.variables, target.variables, strict=True):
-        ours.assign(ops.copy(theirs))
+    return compiled_once(model, optimizer, loss, metrics=[HardAUC(name="auc")])
 
 
 def fit(model, recipe, images, labels, watched, *, seed, folder):
@@ -252,6 +225,5 @@ def fit(model, recipe, images, labels, watched, *, seed, folder):
                     shuffle=False)  # Batches has drawn the order; Keras would draw another one that a resumed run lacks
     if recipe.select == "best":
         load(trained, watch.folder, watch.best_epoch)
-    if trained is not model:
-        _copy_state(trained, model)
+    copy_state(trained, model)
     return watch.history, trained

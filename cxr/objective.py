@@ -70,6 +70,7 @@ class Adam(keras.optimizers.Adam):
             grad=gradient)
 
 
+@keras.saving.register_keras_serializable("cxr")
 class DiscriminativeAdamW(Adam):
     """AdamW whose learning rate, outside the layer `logit`, is the share `backbone_rate` (Howard & Ruder 2018).
 
@@ -80,6 +81,10 @@ class DiscriminativeAdamW(Adam):
     def __init__(self, *args, decoupled_decay=0.0, backbone_rate=1.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.decoupled_decay, self.backbone_rate = decoupled_decay, backbone_rate
+
+    def get_config(self):
+        """Return what rebuilds the optimizer."""
+        return super().get_config() | {"decoupled_decay": self.decoupled_decay, "backbone_rate": self.backbone_rate}
 
     def build(self, variables):
         """Look up the share of each variable once; the steps see the backend's variables, which have no path."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr import anomaly, autoencoder
+from cxr import anomaly, autoencoder, device
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,22 @@ def test_autoencoders_learn_and_are_saved(films, options, tmp_path):
     rebuilt = autoencoder.apply(again, films)
     assert rebuilt.shape == films.shape and 0 <= rebuilt.min() <= rebuilt.max() <= 1
     np.testing.assert_allclose(rebuilt, autoencoder.apply(model, films), atol=1e-5)  # no noise, no draws at test time
+
+
+def test_an_autoencoder_compiled_before_trains_to_the_bit_as_a_new_one(films):
+    rate = keras.optimizers.schedules.CosineDecay(3e-3, 6)
+
+    def run(seed):
+        device.start_fresh(seed)
+        model = autoencoder.autoencoder(48, 8, variational=True, corruption=[keras.layers.GaussianNoise(0.1)])
+        autoencoder.fit(model, films, epochs=2, seed=seed, batch_size=8, learning_rate=rate)
+        return model
+
+    first, second = run(0), run(1)
+    assert device._kept["model"] is first, "the second did not use the first one's compiled step"
+    device._kept.clear()
+    for shared, own in zip(second.get_weights(), run(1).get_weights(), strict=True):
+        np.testing.assert_array_equal(shared, own)
 
 
 def test_a_segmenter_learns_to_outline_what_stands_out(films):

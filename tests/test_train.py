@@ -131,8 +131,8 @@ def test_a_network_compiled_before_trains_to_the_bit_as_a_new_one(tmp_path):
         return model
 
     first, second = run(0, "a"), run(1, "b")
-    assert fitting._kept["model"] is first, "the second did not use the first one's compiled step"
-    fitting._kept.clear()
+    assert device._kept["model"] is first, "the second did not use the first one's compiled step"
+    device._kept.clear()
     np.testing.assert_array_equal(weights(second), weights(run(1, "c")))
 
 
@@ -221,7 +221,7 @@ def test_no_fit_waits_for_the_tuner_of_the_input(monkeypatch):
 
     monkeypatch.setattr(adapter, "get_tf_dataset", seen)
     images, labels = easy(40)
-    model = fitting.compiled(tiny(16), keras.optimizers.Adam(), "binary_crossentropy")
+    model = device.compiled(tiny(16), keras.optimizers.Adam(), "binary_crossentropy")
     model.fit(fitting.Batches(images, labels, 20, seed=0), verbose=0, shuffle=False)
     assert [pipeline.options().autotune.enabled for pipeline in made] == [False]
 
