@@ -152,9 +152,8 @@ def real_or_fake(generator, real, images, manifest, held, *, seed=0, epochs=3):
     drawn = {name: gan.sample(generator, count, seed=seed + 2000 + index) for index, (name, count) in
              enumerate({"train": len(real), **{name: len(rows) for name, rows in held.items()}}.items())}
     keras.utils.set_random_seed(seed)
-    model = models.lab_cnn(real.shape[1])
+    model = device.compiled_once(models.lab_cnn(real.shape[1]), objective.Adam(), "binary_crossentropy")
     batches = fitting.Batches(np.concatenate([real, drawn["train"]]), np.repeat((0, 1), len(real)), 32, seed)
-    device.compiled(model, objective.Adam(), "binary_crossentropy")
     model.fit(batches, epochs=epochs, verbose=0, shuffle=False)
     parts = []
     for name, rows in held.items():

@@ -65,6 +65,7 @@ def image_grid(images, titles=None, *, columns=6, heat=None, masks=None, colours
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.75 * columns, (2 if titles else 1.8) * rows), squeeze=False)
     for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])  # hidden ones would still be laid out, for longer than the picture takes
         axis.axis("off")
     for k, (axis, image) in enumerate(zip(axes.flat, images, strict=False)):
         low, high = (0, 255) if np.asarray(image).dtype == np.uint8 else (np.min(image), np.max(image))
@@ -74,7 +75,7 @@ def image_grid(images, titles=None, *, columns=6, heat=None, masks=None, colours
         if masks is not None and np.any(masks[k]):
             axis.contour(masks[k], levels=[0.5], colors=["#56B4E9"], linewidths=1.3)
         if titles is not None:
-            axis.set_title(titles[k], fontsize=9, loc="center", fontweight="normal",
+            axis.set_title(titles[k], y=1, fontsize=9, loc="center", fontweight="normal",
                            color=INK if colours is None else colours[k])
     return figure
 

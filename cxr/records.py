@@ -281,6 +281,7 @@ class Run:
         """
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+        figure.set_layout_engine("none")  # a notebook draws it once more, and need not find its layout again
         return self._write_figure(f"{name}.png", buffer, pixels)
 
     def save_animation(self, frames, name, *, pixels=False, milliseconds=250):
