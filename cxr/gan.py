@@ -113,23 +113,25 @@ class GAN(keras.Model):
             layer.build(input_shape)
 
     def call(self, images, training=False):
-        """Add both losses for a batch of uint8 images; returns the fakes in [-1, 1]."""
+        """Return both losses for a batch of uint8 images: dict of scalars."""
         real = self.low + (1 - self.low) * ops.cast(images, "float32") / 255
         codes = keras.random.normal((ops.shape(images)[0], LATENT), seed=self.noise)
         fake = self.generator(codes, training=training)
         seen = self._augmented(ops.concatenate([real, ops.stop_gradient(fake)]), training)
         logits = self.discriminator(seen, training=training)
         on_real, on_fake = ops.split(logits, 2)
-        critic = ops.mean(ops.softplus(-on_real)) + ops.mean(ops.softplus(on_fake))
         held = [ops.stop_gradient(variable.value) for variable in self.discriminator.trainable_variables]
         judged, _ = self.discriminator.stateless_call(
             held, [variable.value for variable in self.discriminator.non_trainable_variables],
             self._augmented(fake, training), training=False)
-        artist = ops.mean(ops.softplus(-judged))
-        self.add_loss(critic + artist)
-        self.generator_loss.update_state(artist)
-        self.discriminator_loss.update_state(critic)
-        return fake
+        return {"generator_loss": ops.mean(ops.softplus(-judged)),
+                "discriminator_loss": ops.mean(ops.softplus(-on_real)) + ops.mean(ops.softplus(on_fake))}
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Return the sum of both losses, each of which reaches its own network only, and keep their means."""
+        for name, loss in y_pred.items():
+            getattr(self, name).update_state(loss)
+        return sum(y_pred.values())
 
     def _augmented(self, images, training):
         for layer in self.stack if training else ():
