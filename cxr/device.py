@@ -112,7 +112,8 @@ def compiled_once(model, optimizer, loss, **options):
 
     Runs of a comparison are often one network with other seeds or other data. Tracing its step again for each takes
     longer than many a short training, so the last compiled one is kept and given the new one's state. The caller hands
-    what it has learnt back by `copy_state`. Arguments are those of `compiled`.
+    what it has learnt back by `copy_state`. Arguments are those of `compiled`. A model that was trained before
+    may be trained on again: who goes on with it saves it first (`anomaly.trained`, `train.repeat`).
     """
     about = keras.saving.serialize_keras_object([optimizer, loss, options])
     key = blueprint(model), about, keras.distribution.distribution()

@@ -56,6 +56,20 @@ def test_an_autoencoder_compiled_before_trains_to_the_bit_as_a_new_one(films):
         np.testing.assert_array_equal(shared, own)
 
 
+def test_a_network_of_one_seed_stays_when_the_next_is_trained(films, tmp_path):
+    run = types.SimpleNamespace(directory=tmp_path, notebook="08_test", profile=types.SimpleNamespace(strict=False))
+
+    def network(seed):
+        return anomaly.trained(run, "small", seed, lambda: autoencoder.autoencoder(48, 8),
+                               lambda model: autoencoder.fit(model, films, epochs=1, seed=seed, batch_size=8))
+
+    first = network(0)
+    before = autoencoder.apply(first, films)
+    second = network(1)
+    np.testing.assert_array_equal(autoencoder.apply(first, films), before)
+    assert (autoencoder.apply(second, films) != before).any()
+
+
 def test_a_segmenter_learns_to_outline_what_stands_out(films):
     keras.utils.set_random_seed(0)
     images, masks = films // 2, np.zeros(films.shape, bool)
