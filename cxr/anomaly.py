@@ -187,7 +187,7 @@ def trained(run, name, seed, build, fit):
         model = build()
         fit(model)
         save_atomic(model.save, path)
-    return keras.models.load_model(path, safe_mode=True, compile=False)  # the next seed may train on `model` itself
+    return keras.models.load_model(path, safe_mode=True, compile=False)
 
 
 def score(run, variant, config, make_score, images, painted, *, seeds=None):

@@ -15,7 +15,7 @@ from keras import ops
 
 gc.freeze()  # a million objects of these imports never die: who collects garbage after each run need not visit them
 
-_kept = {}  # the model of `compiled_once` that was compiled last, and what it was compiled for
+_kept = {}  # the last model of `compiled_once`, and what it was compiled for
 
 
 def _let_input_end_with_its_epoch():
@@ -108,19 +108,17 @@ def compiled(model, optimizer, loss=None, **options):
 
 
 def compiled_once(model, optimizer, loss, **options):
-    """Return a compiled model that computes what `model` does and holds its state: `model`, or one from before.
+    """Return a compiled copy of `model` to train: a new one, or one from before that computes the same.
 
     Runs of a comparison are often one network with other seeds or other data. Tracing its step again for each takes
-    longer than many a short training, so the last compiled one is kept and given the new one's state. The caller hands
-    what it has learnt back by `copy_state`. Arguments are those of `compiled`. A model that was trained before
-    may be trained on again: who goes on with it saves it first (`anomaly.trained`, `train.repeat`).
+    longer than many a short training, so the last copy is kept and given the new model's state. It is the caller's
+    until the next call; what it has learnt goes back to `model` by `copy_state`. Arguments are those of `compiled`.
     """
     about = keras.saving.serialize_keras_object([optimizer, loss, options])
     key = blueprint(model), about, keras.distribution.distribution()
     if _kept.get("key") != key:
         _kept.clear()
-        _kept.update(key=key, model=compiled(model, optimizer, loss, **options))
-        return model
+        _kept.update(key=key, model=compiled(keras.models.clone_model(model), optimizer, loss, **options))
     copy_state(model, _kept["model"])
     for variable in _kept["model"].optimizer.variables:
         if not variable.path.endswith("learning_rate"):
@@ -129,13 +127,12 @@ def compiled_once(model, optimizer, loss, **options):
 
 
 def copy_state(source, target):
-    """Give `target` the weights and random states of `source`, a model of the same layers, or the same model.
+    """Give `target` the weights and random states of `source`, a model of the same layers.
 
     As copies: JAX gives an array that two models share to the next training, and takes it from the other.
     """
     for theirs, ours in zip(source.variables, target.variables, strict=True):
-        if ours is not theirs:
-            ours.assign(ops.copy(theirs))
+        ours.assign(ops.copy(theirs))
 
 
 def _fuse_normalization(model):

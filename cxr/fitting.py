@@ -174,7 +174,7 @@ class Watch(keras.callbacks.Callback):
 
 
 def _compile(model, recipe, labels, steps):
-    """Return a compiled model that computes what `model` does and holds its weights: `model`, or one from before."""
+    """Return a compiled copy of `model`, as `compiled_once` does."""
     negative, positive = class_weights(labels, recipe.balance)
     loss = WeightedBinaryCrossentropy(float(negative), float(positive), recipe.label_smoothing)
     rate = recipe.learning_rate

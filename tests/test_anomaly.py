@@ -49,8 +49,12 @@ def test_an_autoencoder_compiled_before_trains_to_the_bit_as_a_new_one(films):
         autoencoder.fit(model, films, epochs=2, seed=seed, batch_size=8, learning_rate=rate)
         return model
 
-    first, second = run(0), run(1)
-    assert device._kept["model"] is first, "the second did not use the first one's compiled step"
+    first = run(0)
+    compiled, before = device._kept["model"], first.get_weights()
+    second = run(1)
+    assert device._kept["model"] is compiled, "the second did not use the first one's compiled step"
+    for now, then in zip(first.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(now, then)
     device._kept.clear()
     for shared, own in zip(second.get_weights(), run(1).get_weights(), strict=True):
         np.testing.assert_array_equal(shared, own)

@@ -130,8 +130,11 @@ def test_a_network_compiled_before_trains_to_the_bit_as_a_new_one(tmp_path):
         np.testing.assert_array_equal(train.predict(fitted, images), train.predict(model, images))
         return model
 
-    first, second = run(0, "a"), run(1, "b")
-    assert device._kept["model"] is first, "the second did not use the first one's compiled step"
+    first = run(0, "a")
+    compiled, before = device._kept["model"], weights(first)
+    second = run(1, "b")
+    assert device._kept["model"] is compiled, "the second did not use the first one's compiled step"
+    np.testing.assert_array_equal(weights(first), before)
     device._kept.clear()
     np.testing.assert_array_equal(weights(second), weights(run(1, "c")))
 
