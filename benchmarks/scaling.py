@@ -1,8 +1,8 @@
 """What larger sets would take, and the work of the full profile: tables of docs/scaling.md from committed measurements.
 
-Rates come from the other benchmarks and from the `seconds` of the published records (their median
-seed). What neither holds is measured here in seconds of processors, which other processes on the machine
-hardly change: the search for near duplicates, PNG files, a step of ResNet18, and the arithmetic of each network.
+Rates come from the other benchmarks and from the `seconds` of the published records (their median seed). What neither
+holds is measured here in seconds of processors, which other processes on the machine hardly change: the search for near
+duplicates, PNG files, a step of ResNet18, and the arithmetic of each network.
 
     python benchmarks/scaling.py [--films 100] [--steps 2]     # measures, then writes the tables
     python benchmarks/scaling.py --tables                      # only writes them
@@ -190,7 +190,7 @@ def needs(about, spent):
     """Return dict what → text: memory, disk and money of a set at 224 px."""
     n, film = about["images"], 224 * 224
     ram = n * film * (1 + SHIFTED * VALIDATION)  # train, validation and its shifted copies are held; the rest is mapped
-    near = n * 4 * (32 * 32 + 48 * 48) + 1024 * n * (4 + 4 + 8)
+    near = n * (3 * 4 * 32 * 32 + 2 * 8 * 32 * 17)  # details, a stretched copy as it is and normed; two spectra
     cache, features = n * film, n * (1 + SHIFTED * VALIDATION) * 1280 * 2
     forward = json.loads((RESULTS / "scaling.json").read_text())["forward_flops"]["mobilenet_v2 160"]
     total = 3 * forward * n * (1 - VALIDATION) * EPOCHS * SEEDS

@@ -172,8 +172,14 @@ def memory_for(path):
 
 
 def _threads(function, items, what):
-    with concurrent.futures.ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 2))) as pool:
-        yield from tqdm.tqdm(pool.map(function, items), what, len(items), delay=3, mininterval=5, unit="file")
+    """Yield what `function` returns of each item, in order; by handfuls: handing one over takes as long as one."""
+    handfuls = [items[start:start + 16] for start in range(0, len(items), 16)]
+    workers = min(32, 2 * (os.cpu_count() or 2))
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool, tqdm.tqdm(
+            desc=what, total=len(items), delay=3, mininterval=5, unit="file") as bar:
+        for found in pool.map(lambda handful: [function(item) for item in handful], handfuls):
+            yield from found
+            bar.update(len(found))
 
 
 def cache_folder(cache_dir=None):

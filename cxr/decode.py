@@ -146,11 +146,15 @@ def facts(image):
         mean gradient magnitude at 224 x 224 (grey levels a pixel; higher is blurrier).
     """
     height, width = image.shape
-    down, across = np.gradient(fit(image, 224).astype(np.float32))
+    small, energy = fit(image, 224), 0
+    for dx, edges in ((1, np.s_[:, ::223]), (0, np.s_[::223])):
+        step = cv2.Sobel(small, cv2.CV_32F, dx, 1 - dx, ksize=1, scale=0.5, borderType=cv2.BORDER_REPLICATE)
+        step[edges] *= 2  # as np.gradient, in a fraction of its time: at an edge, the one step that is known
+        energy += step * step
     digest = hashlib.sha256(b"%d x %d:" % (height, width))
     digest.update(np.ascontiguousarray(image))
     return {"pixel_sha256": digest.hexdigest(), "height": height, "width": width, "mean_grey": cv2.mean(image)[0],
-            "blur": -cv2.mean(cv2.magnitude(down, across))[0]}
+            "blur": -cv2.mean(np.sqrt(energy))[0]}
 
 
 def blurred(image, share):

@@ -1,9 +1,9 @@
 """Exact duplicates by bytes and by decoded pixels, and near duplicates that are verified, not merely hashed.
 
 All chests look alike: at distance 0 an 8 x 8 difference hash matches 67 test images of `chest_xray` to other patients.
-So a cheap descriptor only proposes neighbours, and a pair counts when, after affine alignment, its fine detail
-correlates above `SAME_FILM`. On `chest_xray` two patients reach 0.57 at most, and two films of one patient rarely 0.7;
-copies of one film that were re-encoded, blurred, cropped, shifted or written on keep 0.75 to 0.99.
+So cheap descriptors only propose pairs, fewer and fewer, and a pair counts when, after affine alignment, its fine
+detail correlates above `SAME_FILM`. On `chest_xray` two patients reach 0.57 at most, and two films of one patient
+rarely 0.7; copies of one film that were re-encoded, blurred, cropped, shifted or written on keep 0.75 to 0.99.
 """
 
 import concurrent.futures
@@ -11,13 +11,16 @@ import os
 
 import cv2
 import numpy as np
+from scipy import fft
 from scipy.sparse import coo_array, csgraph
 
 VERSION = "v2"  # raise it when other pairs come out; cached results carry it
 SAME_FILM = 0.75
 SIDE = 112  # px at which two films are compared; in fewer the detail that tells them apart is gone
-_NEIGHBOURS, _ALIKE = 3, 0.35  # proposals an image, and the least likeness of one before it is aligned
-_LIKELY = 0.8  # coarse correlation above which a pair is looked at closely: verified copies reach 0.86, others 0.75
+_NEIGHBOURS, _ALIKE = 3, 0.35  # proposals an image, and the least likeness of one
+_STRETCHES = 0.8, 0.9, 1.0, 1.1, 1.25  # of the height: films of other proportions were squeezed to one square
+_NEAR = 0.66  # correlation at the best stretch and shift above which a pair is aligned: copies reach 0.70, most do not
+_LIKELY = 0.8  # after a coarse alignment, above which it is looked at closely: verified copies reach 0.86, others 0.75
 
 
 def exact_groups(manifest, column="pixel_sha256"):
@@ -40,10 +43,11 @@ def near_pairs(images):
     """
     if len(images) < 2:
         return []
+    described = _details(images, 32, 1.5)
+    pairs = _neighbours(described.reshape(len(images), -1))
+    pairs = pairs[_best_fit(described, pairs) > _NEAR].tolist()
+    small = _details(images, 48, 2)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        described = np.stack(list(pool.map(lambda image: _detail(image, 32, 1.5).ravel(), images)))
-        small = list(pool.map(lambda image: _detail(image, 48, 2), images))
-        pairs = _neighbours(described)
         likely = pool.map(lambda pair: _align(small[pair[0]], small[pair[1]], 10)[0] > _LIKELY, pairs)
         pairs = [pair for pair, is_likely in zip(pairs, likely, strict=True) if is_likely]
         scores = list(pool.map(lambda pair: same_film(images[pair[0]], images[pair[1]]), pairs))
@@ -52,7 +56,7 @@ def near_pairs(images):
 
 
 def _neighbours(described):
-    """Propose each image's few nearest neighbours, as sorted pairs of row numbers."""
+    """Propose each image's few nearest neighbours, as sorted pairs of row numbers `(m, 2)`."""
     pairs, count = [], min(_NEIGHBOURS, len(described) - 1)
     for start in range(0, len(described), 1024):
         likeness = described[start:start + 1024] @ described.T
@@ -63,16 +67,40 @@ def _neighbours(described):
             alike = likeness[rows, nearest] > _ALIKE
             pairs.append(np.sort(np.stack([start + rows, nearest], 1)[alike], axis=1))
             likeness[rows, nearest] = -1
-    return np.unique(np.concatenate(pairs), axis=0).tolist()
+    return np.unique(np.concatenate(pairs), axis=0)
 
 
-def _detail(image, side, sigma):
-    """Return the image's local contrast at `side` px, `(side, side)` of unit norm: exposure and contrast drop out."""
-    small = cv2.resize(np.asarray(image), (side, side), interpolation=cv2.INTER_AREA).astype(np.float32)
-    high = small - cv2.GaussianBlur(small, (0, 0), sigma)
-    high /= np.sqrt(cv2.GaussianBlur(high * high, (0, 0), 2 * sigma)) + 2
-    high -= high.mean()
-    return high / (np.linalg.norm(high) + 1e-6)
+def _best_fit(details, pairs):
+    """Return the correlation of each pair at the best of `_STRETCHES` and of all shifts around the edges, `(m,)`."""
+    side, best = details.shape[1], np.zeros(len(pairs))
+    still = fft.rfft2(details, workers=-1)
+    for stretch in _STRETCHES:
+        matrix = np.float32([[1, 0, 0], [0, stretch, (1 - stretch) * (side - 1) / 2]])
+        moved = cv2.warpAffine(np.eye(side, dtype=np.float32), matrix, (side, side)) @ details
+        moved = fft.rfft2(moved / (np.linalg.norm(moved, axis=(1, 2), keepdims=True) + 1e-6), workers=-1).conj()
+        for start in range(0, len(pairs), 256):
+            first, second = pairs[start:start + 256].T
+            shifts = fft.irfft2(still[first] * moved[second], (side, side), workers=-1)
+            best[start:start + 256] = np.maximum(best[start:start + 256], shifts.max((1, 2)))
+    return best
+
+
+def _details(images, side, sigma):
+    """Return each image's local contrast at `side` px, `(n, side, side)` of unit norm: no exposure, no contrast."""
+    found = np.empty((len(images), side, side), np.float32)
+    for start in range(0, len(images), 64):  # as the channels of one image, of which OpenCV takes 128 at most
+        small = np.stack([cv2.resize(np.asarray(image), (side, side), interpolation=cv2.INTER_AREA)
+                          for image in images[start:start + 64]], -1).astype(np.float32)
+        high = small - _blurred(small, sigma)
+        high /= np.sqrt(_blurred(high * high, 2 * sigma)) + 2
+        high -= high.mean((0, 1))
+        high /= np.linalg.norm(high, axis=(0, 1)) + 1e-6
+        found[start:start + 64] = high.transpose(2, 0, 1)
+    return found
+
+
+def _blurred(maps, sigma):
+    return cv2.GaussianBlur(maps, (0, 0), sigma).reshape(maps.shape)  # OpenCV drops the axis of a single channel
 
 
 def _align(first, second, iterations):
@@ -94,9 +122,10 @@ def same_film(first, second):
 
     Source: Evangelidis & Psarakis 2008 (enhanced correlation coefficient).
     """
-    _, warp = _align(_detail(first, SIDE, 4), _detail(second, SIDE, 4), 30)
+    _, warp = _align(*_details([first, second], SIDE, 4), 30)
     how = {"dsize": (SIDE, SIDE), "flags": cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP}
-    fine, moved = _detail(first, SIDE, 2), cv2.warpAffine(_detail(second, SIDE, 2), warp, **how)
+    fine, other = _details([first, second], SIDE, 2)
+    moved = cv2.warpAffine(other, warp, **how)
     common = cv2.warpAffine(np.ones((SIDE, SIDE), np.float32), warp, **how) > 0.5
     if common.mean() < 0.5 or fine[common].std() == 0 or moved[common].std() == 0:
         return 0.0
