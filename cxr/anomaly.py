@@ -182,12 +182,13 @@ def trained(run, name, seed, build, fit):
     """
     code = f"-{records.code_sha256()[:8]}" if run.profile.strict else ""
     path = run.directory / "models" / f"{run.notebook}-{name}-s{seed}{code}.keras"
-    if not path.is_file():
-        start_fresh(seed)
-        model = build()
-        fit(model)
-        save_atomic(model.save, path)
-    return keras.models.load_model(path, safe_mode=True, compile=False)
+    if path.is_file():
+        return keras.models.load_model(path, safe_mode=True, compile=False)
+    start_fresh(seed)
+    model = build()
+    fit(model)
+    save_atomic(model.save, path)
+    return model
 
 
 def score(run, variant, config, make_score, images, painted, *, seeds=None):
