@@ -16,9 +16,13 @@ BASE_PYTHON ?= python3
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PYTHONHASHSEED ?= 0
 
-# Small networks do not fill two cores: on processors notebooks run side by side and share them. A GPU takes one.
+# Small networks fill neither two cores nor a GPU: up to four notebooks run side by side, one for each core and, on a
+# GPU, for each 16 GB of its memory, of which each then takes what it needs instead of all.
 CORES := $(shell getconf _NPROCESSORS_ONLN)
-JOBS ?= $(shell command -v nvidia-smi >/dev/null && echo 1 || echo $$(( $(CORES) < 4 ? $(CORES) : 4 )))
+ROOM := $(shell nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | awk 'NR == 1 {print $$1 + 0 < 32e3 ? 1 : int($$1 / 16e3)}')
+JOBS ?= $(firstword $(shell printf '%s\n' 4 $(CORES) $(ROOM) | sort -n))
+export TF_FORCE_GPU_ALLOW_GROWTH ?= true
+export XLA_PYTHON_CLIENT_PREALLOCATE ?= false
 MAKEFLAGS += --jobs=$(JOBS)
 
 VENV := .venv

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import functools
 import gc
+import json
 import os
 import pathlib
 import re
@@ -15,7 +16,9 @@ from keras import ops
 
 gc.freeze()  # a million objects of these imports never die: who collects garbage after each run need not visit them
 
-_kept = {}  # the last model of `compiled_once`, and what it was compiled for
+_kept = {}  # the last models of `compiled_once`, by what they were compiled for; the latest last
+_KEEP = 4  # as many kinds of networks take turns in a notebook
+_LENGTHS = "decay_steps", "warmup_steps"  # what Keras's schedules call them
 
 
 def _let_input_end_with_its_epoch():
@@ -107,23 +110,39 @@ def compiled(model, optimizer, loss=None, **options):
     return model
 
 
-def compiled_once(model, optimizer, loss, **options):
+def compiled_once(model, optimizer, loss=None, **options):
     """Return a compiled copy of `model` to train: a new one, or one from before that computes the same.
 
     Runs of a comparison are often one network with other seeds or other data. Tracing its step again for each takes
-    longer than many a short training, so the last copy is kept and given the new model's state. It is the caller's
-    until the next call; what it has learnt goes back to `model` by `copy_state`. Arguments are those of `compiled`.
+    longer than many a short training, so the last copies are kept and given the new model's state and the lengths of
+    the new schedule. It is the caller's until the next call; what it has learnt goes back to `model` by `copy_state`.
+    Arguments are those of `compiled`.
     """
-    about = keras.saving.serialize_keras_object([optimizer, loss, options])
+    lengths = _lengths(optimizer)
+    about = json.dumps(keras.saving.serialize_keras_object([optimizer, loss, options]))
+    about = re.sub(rf'"({"|".join(_LENGTHS)})": [0-9.]+', "", about)
     key = blueprint(model), about, keras.distribution.distribution()
-    if _kept.get("key") != key:
-        _kept.clear()
-        _kept.update(key=key, model=compiled(keras.models.clone_model(model), optimizer, loss, **options))
-    copy_state(model, _kept["model"])
-    for variable in _kept["model"].optimizer.variables:
+    if key not in _kept:
+        optimizer = optimizer.from_config(optimizer.get_config())  # with a schedule of its own
+        for name in lengths:  # as variables: a number would be a part of the step
+            setattr(optimizer._learning_rate, name, optimizer.add_variable((), name=name))
+        _kept[key] = compiled(keras.models.clone_model(model), optimizer, loss, **options)
+    trained = _kept[key] = _kept.pop(key)
+    while len(_kept) > _KEEP:
+        del _kept[next(iter(_kept))]
+    copy_state(model, trained)
+    for variable in trained.optimizer.variables:
         if not variable.path.endswith("learning_rate"):
             variable.assign(ops.zeros(variable.shape, variable.dtype))
-    return _kept["model"]
+    for name, steps in lengths.items():
+        getattr(trained.optimizer._learning_rate, name).assign(steps)
+    return trained
+
+
+def _lengths(optimizer):
+    """Return the steps that the phases of an optimizer's schedule take, by name; nothing for a constant rate."""
+    schedule = optimizer._learning_rate  # its public twin is the rate of the moment
+    return {name: getattr(schedule, name) for name in _LENGTHS if hasattr(schedule, name)}
 
 
 def copy_state(source, target):

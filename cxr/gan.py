@@ -14,7 +14,7 @@ from keras import layers, ops
 from sklearn import metrics, neighbors
 
 from cxr.backup import back_up, restore, save_atomic, spent
-from cxr.device import compiled, outputs
+from cxr.device import compiled_once, copy_state, outputs
 from cxr.fitting import Batches
 from cxr.objective import Adam
 
@@ -106,6 +106,16 @@ class GAN(keras.Model):
         self.noise = keras.random.SeedGenerator(noise_seed)
         self.generator_loss, self.discriminator_loss = (keras.metrics.Mean(name=name) for name in
                                                         ("generator_loss", "discriminator_loss"))
+
+    def get_config(self):
+        """Return what rebuilds the GAN."""
+        return {"generator": self.generator, "discriminator": self.discriminator, "augmentation": self.stack,
+                "low": self.low}
+
+    @classmethod
+    def from_config(cls, config):
+        """Return the GAN of a `get_config` that was serialized."""
+        return cls(**{name: keras.saving.deserialize_keras_object(value) for name, value in config.items()})
 
     def build(self, input_shape):
         """Build what moves the images about; generator and discriminator come built."""
@@ -209,13 +219,15 @@ def fit(model, images, *, epochs, seed, folder, batch_size=64, learning_rate=2e-
     batches = Batches(images, np.zeros(len(images)), batch_size, seed)
     optimizer = Adam(learning_rate, beta_1=0.5, use_ema=average is not None, ema_momentum=average or 0.99)
     model(images[:2][..., None])
-    compiled(model, optimizer)
-    batches.epoch = epoch = _restore(progress, model)
+    trained = compiled_once(model, optimizer)
+    batches.epoch = epoch = _restore(progress, trained)
     batches.shuffle()
     if epoch < epochs:
-        model.fit(batches, epochs=epochs, initial_epoch=epoch, callbacks=[progress], verbose=2, shuffle=False)
+        trained.fit(batches, epochs=epochs, initial_epoch=epoch, callbacks=[progress], verbose=2, shuffle=False)
     if average is not None:
-        model.optimizer.finalize_variable_values(model.trainable_variables)
+        trained.optimizer.finalize_variable_values(trained.trainable_variables)
+    copy_state(trained, model)
+    if average is not None:
         _settle(model.generator, codes)
     return progress.history, np.stack(progress.film)
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from cxr import gan
+from cxr import device, gan
 
 
 def blobs(n=64, size=16, seed=0):
@@ -71,6 +71,24 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path):
     assert films[0].shape == films[1].shape == (2, 16, 16, 16)
     for one, other in (films, fakes):
         np.testing.assert_allclose(one.astype(int), other.astype(int), atol=1)
+
+
+def test_a_gan_compiled_before_trains_to_the_bit_as_a_new_one(tmp_path):
+    def run(seed, name):
+        device.start_fresh(seed)
+        model = gan.lab_dcgan(16, seed)
+        gan.fit(model, blobs(), epochs=2, seed=seed, folder=tmp_path / name, batch_size=32, average=0.9)
+        return model
+
+    first = run(0, "a")
+    compiled, before = list(device._kept.values()), first.get_weights()
+    second = run(1, "b")
+    assert list(device._kept.values()) == compiled, "the second did not use the first one's compiled step"
+    for now, then in zip(first.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(now, then)
+    device._kept.clear()
+    for shared, own in zip(second.get_weights(), run(1, "c").get_weights(), strict=True):
+        np.testing.assert_array_equal(shared, own)
 
 
 def test_trouble_stops_with_a_reason(tmp_path):

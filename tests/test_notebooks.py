@@ -1,8 +1,10 @@
 """Every notebook keeps the conventions of notebooks/README.md."""
 
 import json
+import os
 import pathlib
 import re
+import subprocess
 
 import nbformat
 import pytest
@@ -51,6 +53,18 @@ def test_parameters_are_literals_the_makefile_passes(cells):
         assert re.search(rf"-p {name} |\b{name}\b.*,\$\(if \$\(\$\(name\)\)", makefile), (
             f"the Makefile does not pass {name}"
         )
+
+
+@pytest.mark.parametrize(("card", "jobs"), [("143771\n143771", 4), ("40960", 2), ("15360", 1), ("It has failed", 1)])
+def test_as_many_notebooks_side_by_side_as_a_gpu_has_room_for(tmp_path, card, jobs):
+    command = tmp_path / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\necho '{card}'\n")
+    command.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in ("JOBS", "MAKEFLAGS")}
+    shown = subprocess.run(["make", "-s", "--eval", "show: ; @echo $(JOBS)", "show", "CORES=16"], cwd=ROOT, text=True,
+                           env=environment | {"PATH": f"{tmp_path}:{environment['PATH']}"}, capture_output=True,
+                           check=True)
+    assert shown.stdout.split() == [str(jobs)]
 
 
 def test_one_checked_cell_with_an_output_to_compare(cells):
