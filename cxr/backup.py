@@ -51,16 +51,16 @@ def load(model, folder, epoch):
     """Give a compiled model what it held after `epoch`, one of the backups in `folder`.
 
     Raises:
-        ValueError: the file is damaged, or missing, as after a call with an earlier version.
+        ValueError: the file is damaged, missing, or of another version that kept other variables.
     """
     path = folder / f"{epoch}.npz"
     try:
         with np.load(path) as file:
-            arrays = list(file.values())  # each is held to its checksum
+            pairs = list(zip(_state(model), file.values(), strict=True))  # each array is held to its checksum
     except (zipfile.BadZipFile, ValueError, EOFError, FileNotFoundError) as error:
-        raise ValueError(f"{path} is damaged ({error}). Delete {folder} and call again: this run begins anew, what is "
-                         "finished is kept.") from error
-    for variable, value in zip(_state(model), arrays, strict=True):
+        raise ValueError(f"{path} is damaged or of another version ({error}). Delete {folder} and call again: this run "
+                         "begins anew, what is finished is kept.") from error
+    for variable, value in pairs:
         variable.assign(value)
 
 

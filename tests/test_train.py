@@ -244,6 +244,11 @@ def test_a_damaged_backup_is_named_and_nothing_is_trained_from_it(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"1\.npz is damaged .* Delete .*backup and call again"):
             train.fit(*arguments, seed=0, folder=tmp_path / "backup")
+    path.write_bytes(whole)
+    with np.load(path) as file:
+        np.savez(path, *list(file.values())[1:])  # as a version with one variable less would have left it
+    with pytest.raises(ValueError, match=r"1\.npz is damaged or of another version .*shorter.* call again"):
+        train.fit(*arguments, seed=0, folder=tmp_path / "backup")
     path.unlink()
     with pytest.raises(ValueError, match=r"1\.npz is damaged .*No such file.* call again"):
         train.fit(*arguments, seed=0, folder=tmp_path / "backup")
