@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn import metrics
 
 from cxr import anomaly, autoencoder, device
 
@@ -139,6 +140,17 @@ def test_distances_grow_away_from_normals_and_blur_is_taken_away():
     blur = rng.normal(size=300)
     rest = anomaly.without_blur(2 * blur + 0.1 * rng.normal(size=300), blur, np.arange(300) < 150)
     assert abs(np.corrcoef(rest, blur)[0, 1]) < 0.2
+
+
+def test_among_images_of_one_blur_a_score_that_reads_blur_is_worth_nothing():
+    rng = np.random.default_rng(0)
+    y_true = np.arange(4000) % 2
+    blur = rng.normal(2 * y_true)
+    assert metrics.roc_auc_score(y_true, blur) > 0.9
+    assert anomaly.auc_within(y_true, blur, blur, num_bins=200) < 0.6
+    assert anomaly.auc_within(y_true, y_true + rng.normal(0, 0.1, 4000), blur) > 0.99
+    assert anomaly.auc_within(y_true, -y_true, blur) == 0
+    assert np.isnan(anomaly.auc_within([0, 0, 1, 1], [0.1, 0.2, 0.3, 0.4], [0.0, 0.0, 9.0, 9.0], num_bins=2))
 
 
 def test_bad_input_is_named(films):
