@@ -2,7 +2,12 @@
 
 import pathlib
 
+import hypothesis
 import pytest
+
+# A property holds however long an example takes: on a busy machine one of ten milliseconds may take three hundred.
+hypothesis.settings.register_profile("lab", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("lab")
 
 ROOT = pathlib.Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data"

@@ -109,7 +109,7 @@ def test_error_maps_are_zero_for_a_perfect_network_and_high_where_it_fails(films
 
 
 @given(st.integers(0, 10**6), st.integers(100, 400))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_conformal_threshold_keeps_its_promise_on_average(seed, n):
     rng = np.random.default_rng(seed)
     rates = [np.mean(new >= anomaly.conformal_threshold(known, 0.1)) for known, new in rng.gamma(2, size=(60, 2, n))]

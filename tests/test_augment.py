@@ -51,7 +51,7 @@ def test_mixing_keeps_ranges_and_is_reproducible(mode, ratio):
 
 
 @given(ratio=st.floats(0, 1), seed=st.integers(0, 2**31))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_fixed_lambda_mixes_image_and_label_alike(ratio, seed):
     labels = (np.arange(6) % 2)[:, None].astype("float32")
     images = np.broadcast_to(labels[:, None, None] * 200, (6, 4, 4, 1)).astype("uint8")

@@ -83,7 +83,7 @@ def test_empty_and_flat_images_are_nobody(images):
     assert dedup.near_pairs(images) == []
 
 
-@hypothesis.settings(max_examples=12, deadline=None)
+@hypothesis.settings(max_examples=12)
 @hypothesis.given(st.integers(0, PATIENTS - 1), st.floats(0.6, 1.6), st.integers(-3, 3), st.integers(-3, 3),
                   st.integers(35, 95))
 def test_any_mild_alteration_is_found(which, gamma, right, down, quality):

@@ -113,7 +113,7 @@ def test_thresholds_keep_their_promise_on_validation(sample, scale):
 
 
 @given(st.integers(0, 2**20), st.sampled_from([0.5, 0.9, 0.95, 0.99, 1.0]), st.sampled_from([1, 2, 6]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_threshold_for_sensitivity_reaches_it_and_no_higher_score_does(seed, wanted, digits):
     y_true, y_score, _ = sample(seed=seed, digits=digits)
     cut = evaluate.threshold_for_sensitivity(y_true, y_score, wanted)
@@ -140,7 +140,7 @@ def test_thresholds_survive_the_table_on_disk(tmp_path):
     assert evaluate.record_metrics(again, num_resamples=100) == before
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000))
 def test_intervals_hold_the_point_estimate(seed):
     y, p, patient = sample(seed=seed)

@@ -111,7 +111,7 @@ TAGS = ["Rows", "Columns", "BitsStored", "BitsAllocated", "HighBit", "SamplesPer
         "PhotometricInterpretation", "PlanarConfiguration"]  # fmt: skip
 
 
-@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=150, derandomize=True)
 @hypothesis.given(st.dictionaries(st.sampled_from(TAGS), WORDS, min_size=1, max_size=3))
 def test_dicom_headers_that_say_anything(tags):
     try:
@@ -121,7 +121,7 @@ def test_dicom_headers_that_say_anything(tags):
     read_or_refused(content)
 
 
-@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=150, derandomize=True)
 @hypothesis.given(st.sampled_from(sorted(WHOLE)), st.integers(2, 160), st.binary(max_size=200))
 def test_a_true_beginning_and_anything_after_it(name, kept, rest):
     read_or_refused(WHOLE[name][:kept] + rest)

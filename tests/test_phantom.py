@@ -57,7 +57,7 @@ def sharpness(image):
 
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(phantom.KINDS), size=st.integers(32, 80),
                   marker=st.sampled_from(["R", "L", None]), sharp=st.floats(0, 1), contrast=st.floats(0.5, 2))
-@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.settings(max_examples=30)
 def test_any_film_is_whole_and_repeatable(seed, kind, size, marker, sharp, contrast):
     knobs = {"size": size, "marker": marker, "sharpness": sharp, "contrast": contrast}
     film, again = phantom.render(seed, kind, **knobs), phantom.render(seed, kind, **knobs)

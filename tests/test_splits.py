@@ -61,7 +61,7 @@ def usable(manifest):
         hypothesis.reject()
 
 
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(manifests(), st.integers(0, 1000), st.floats(0.05, 0.5))
 def test_no_patient_and_no_picture_in_two_splits(manifest, seed, fraction):
     usable(manifest)
@@ -75,7 +75,7 @@ def test_no_patient_and_no_picture_in_two_splits(manifest, seed, fraction):
     pd.testing.assert_frame_equal(frame.drop(columns="split"), manifest.drop(columns="split"))
 
 
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(manifests(), st.integers(0, 1000), st.floats(0.05, 0.5))
 def test_validation_is_stratified_within_one_patient(manifest, seed, fraction):
     usable(manifest)
@@ -89,7 +89,7 @@ def test_validation_is_stratified_within_one_patient(manifest, seed, fraction):
         assert set(part["split"]) == {"train", "val"}
 
 
-@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.settings(max_examples=20)
 @hypothesis.given(manifests(), st.integers(0, 1000))
 def test_a_split_depends_on_the_seed_and_not_on_the_order(manifest, seed):
     usable(manifest)
@@ -103,7 +103,7 @@ def test_a_split_depends_on_the_seed_and_not_on_the_order(manifest, seed):
     assert len(hashes) > 1
 
 
-@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.settings(max_examples=20)
 @hypothesis.given(manifests())
 def test_both_splits_have_the_same_test(manifest):
     frame, leaky = usable(manifest), splits.assign_image_level(manifest)
@@ -152,7 +152,7 @@ def test_official_validation_is_pooled_and_unlabelled_images_stay_apart():
     assert collections.Counter(frame["split"])["train"] + collections.Counter(frame["split"])["val"] == 25
 
 
-@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.settings(max_examples=20)
 @hypothesis.given(manifests(), st.integers(0, 1000), st.floats(0.1, 0.4))
 def test_a_pooled_test_shares_no_patient_and_has_every_class(manifest, seed, fraction):
     usable(manifest)
