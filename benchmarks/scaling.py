@@ -217,6 +217,12 @@ def work():
             for notebook, name, size, epochs, images, batch, runs, compilations in WORK]
 
 
+def minutes(compilations, steps, operations):
+    """Return what a GPU would spend on some work: dict part → minutes."""
+    return {"arithmetic": operations / (PEAK * SHARE) / 60, "steps": steps * STEP / 60,
+            "compiling": compilations * COMPILE / 60}
+
+
 def table(head, rows):
     """Return a markdown table whose first column is text and whose others are numbers."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
@@ -237,11 +243,9 @@ def tables():
     spent = {name: hours(about, rate) for name, about in SETS.items()}
     wanted = {name: needs(about, spent[name]) for name, about in SETS.items()}
     runs, compilations, steps, passes, total = (sum(row[place] for row in rows) for place in range(3, 8))
-    bounds = {"arithmetic": total / (PEAK * SHARE) / 60, "steps": steps * STEP / 60,
-              "compiling": compilations * COMPILE / 60}
     alone = {}
-    for notebook, _, _, _, compiled, some, _, flop in rows:
-        alone[notebook] = alone.get(notebook, 0) + (compiled * COMPILE + some * STEP + flop / (PEAK * SHARE)) / 60
+    for notebook, *_, compiled, some, _, operations in rows:
+        alone[notebook] = alone.get(notebook, 0) + sum(minutes(compiled, some, operations).values())
     longest = max(alone, key=alone.get)
     first = next(iter(spent.values()))
     return "\n\n".join([
@@ -258,7 +262,7 @@ def tables():
              for notebook, name, size, *rest, steps, passes, total in rows]
             + [("all", "", runs, compilations, f"{steps:,}", f"{passes:,}", number(total / 1e15))]),
         "**Estimate, not measured**, for one H200-class GPU, one run after another: " + ", ".join(
-            f"{name} {value:.0f} min" for name, value in bounds.items())
+            f"{name} {value:.0f} min" for name, value in minutes(compilations, steps, total).items())
         + f". Side by side, the longest notebook, {longest}, takes {alone[longest]:.0f} min of that."])
 
 

@@ -226,9 +226,8 @@ def fit(model, images, *, epochs, seed, folder, batch_size=64, learning_rate=2e-
         trained.fit(batches, epochs=epochs, initial_epoch=epoch, callbacks=[progress], verbose=2, shuffle=False)
     if average is not None:
         trained.optimizer.finalize_variable_values(trained.trainable_variables)
+        _settle(trained.generator, codes)
     copy_state(trained, model)
-    if average is not None:
-        _settle(model.generator, codes)
     return progress.history, np.stack(progress.film)
 
 
