@@ -7,8 +7,6 @@ from scipy import stats
 
 from cxr import evaluate
 
-Z95 = float(stats.norm.ppf(0.975))
-
 
 class Difference(NamedTuple):
     """First minus second, with 95 % interval, two-sided p value and number of images."""
@@ -28,8 +26,11 @@ class McNemar(NamedTuple):
     p_value: float
 
 
-def _p_value(value, error):
-    return float(2 * stats.norm.sf(abs(value) / error) if error > 0 else abs(value) < 1e-12)
+def _difference(value, error, n, freedom=np.inf):
+    """Return the `Difference` of an estimate with a standard error of `freedom` degrees (Student's t)."""
+    reach = float(stats.t.ppf(0.975, freedom)) * error
+    p_value = float(2 * stats.t.sf(abs(value) / error, freedom) if error > 0 else abs(value) < 1e-12)
+    return Difference(value, value - reach, value + reach, p_value, n)
 
 
 def delong(y_true, a, b):
@@ -45,28 +46,27 @@ def delong(y_true, a, b):
         shares[False].append(1 - (ranks[~truth] - stats.rankdata(score[~truth])) / truth.sum())
     gaps = [first - second for first, second in shares.values()]
     error = float(np.sqrt(sum(gap.var(ddof=1) / gap.size for gap in gaps if gap.size > 1)))
-    value = float(gaps[0].mean())
-    return Difference(value, value - Z95 * error, value + Z95 * error, _p_value(value, error), truth.size)
+    return _difference(float(gaps[0].mean()), error, truth.size)
 
 
 def paired_bootstrap(y_true, a, b, patient_id, *, num_resamples=1000, seed=0):
-    """Return the `Difference` of the AUC of `a` minus that of `b`, drawing patients, and seeds where there are several.
+    """Return the `Difference` of the AUC of `a` minus that of `b`; of the mean AUCs, where they have several seeds.
 
-    `a`, `b`: scores `(n,)`, or `(seeds, n)` for the difference of the mean AUCs; each side's seeds are then drawn too.
-    The interval is the percentile one. p uses the bootstrap's standard error in a normal approximation: a p value
-    counted from 1,000 resamples could not pass a Holm correction over a long table.
+    `a`, `b`: scores `(n,)`, or `(seeds, n)`. The variance is that of the difference when patients are drawn anew, plus
+    that of each side's mean over its seeds. A few seeds say little about their own spread: interval and p value are of
+    Student's t, with Welch's degrees of freedom. (Drawing three seeds three times instead finds a third less spread,
+    and, where seeds differ more than patients do, a difference in 15 of 100 tests of two equal recipes.)
+
+    Source: Welch 1947; Field & Welsh 2007.
     """
     truth, a, b = evaluate.check(y_true, np.atleast_2d(a), np.atleast_2d(b))
     weight = np.column_stack([np.ones(truth.size), evaluate.patient_weights(truth, patient_id, num_resamples, seed)])
-    rng, sides = np.random.default_rng([seed, 1]), []
-    for scores in (a, b):
-        auc = np.stack([evaluate.ranking(truth, score, weight)["auc"] for score in scores])
-        share = rng.multinomial(len(auc), np.full(len(auc), 1 / len(auc)), size=weight.shape[1]).T / len(auc)
-        share[:, 0] = 1 / len(auc)  # the first column is the sample itself: every image and every seed once
-        sides.append((auc * share).sum(0))
-    value, *draws = (sides[0] - sides[1]).tolist()
-    limits, p_value = evaluate.interval(np.array(draws), value), _p_value(value, np.std(draws, ddof=1))
-    return Difference(value, *limits, p_value, truth.size)
+    aucs = [np.stack([evaluate.ranking(truth, score, weight)["auc"] for score in scores]) for scores in (a, b)]
+    value, *draws = (aucs[0].mean(0) - aucs[1].mean(0)).tolist()
+    spread = np.array([[auc[:, 0].var(ddof=1) / len(auc), len(auc) - 1] for auc in aucs if len(auc) > 1]).reshape(-1, 2)
+    variance = np.var(draws, ddof=1) + spread[:, 0].sum()
+    uncertain = (spread[:, 0] ** 2 / spread[:, 1]).sum()  # of the patients' part there are draws enough
+    return _difference(value, float(np.sqrt(variance)), truth.size, variance ** 2 / uncertain if uncertain else np.inf)
 
 
 def mcnemar(y_true, decision_a, decision_b):
