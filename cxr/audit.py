@@ -58,7 +58,8 @@ def _duplicates(manifest):
 
 def _near_duplicates(manifest, cache_dir):
     """Return the verified near duplicates, kept in the cache under the content that they were found in."""
-    unique = manifest.drop_duplicates("pixel_sha256").reset_index(drop=True)
+    counts_most = manifest.sort_values("split", key=lambda split: split.eq("pred"), kind="stable")  # what pred copies
+    unique = counts_most.drop_duplicates("pixel_sha256").sort_index().reset_index(drop=True)
     if unique[["height", "width"]].to_numpy().min() < dedup.SIDE:
         return None
     key = records.canonical_sha256([decode.VERSION, dedup.VERSION, unique["pixel_sha256"].tolist()])[:24]

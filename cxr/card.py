@@ -21,13 +21,11 @@ def blocks_of(results_dir):
     abouts = [json.loads(path.read_text()) for path in sorted(root.glob("models/*.json"))]
     if not abouts:
         return []
-    names = tuple({about["run_id"] for about in abouts})
-    loaded = {record["run_id"]: record for record in report.load(root, notebooks=names, intervals=False)}
-    probed = [record for record in (json.loads(path.read_text()) for path in sorted((root / "records").glob("*.json")))
-              if "probes" in record]
+    names = ("09", *{about["run_id"] for about in abouts})
+    loaded = {record["run_id"]: record for record in report.load(root, notebooks=names)}
+    probed = {record["config"]["probed"]: record for record in loaded.values() if "probes" in record}
     return [_block(about, loaded[about["run_id"]], root / "models" / f"{about['run_id']}.keras",
-                   next((record for record in probed if record["config"]["probed"] == about["run_id"]), None))
-            for about in abouts]
+                   probed.get(about["run_id"])) for about in abouts]
 
 
 def _block(about, record, file, probed):

@@ -206,8 +206,8 @@ def roc_and_precision_recall(curves, *, thresholds=None):
     left.set(xlabel="false-positive rate", ylabel="sensitivity", title="ROC (AUC)", aspect="equal")
     right.set(xlabel="sensitivity (recall)", ylabel="precision (PPV)", title="Precision–recall (average precision)")
     right.set_ylim(0, 1.02)
-    left.legend(loc="lower right")
-    right.legend(loc="lower left")
+    for axis in (left, right):  # below: beside the curves there is no room for ten names
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))
     return figure
 
 

@@ -17,6 +17,7 @@ import pandas as pd
 from cxr import compare, evaluate, pages, plots, records, trust, trustplots
 from cxr.tables import (  # the one module whose names are passed on: a notebook needs `report` alone
     MIN_SEEDS,
+    PAINTED,
     ReportError,
     by_group,
     cohorts,
@@ -45,7 +46,7 @@ def headline(results_dir, rows):
                               f"which has no comparable record; there are {', '.join(rows.index)}.")
         return named["run_group"], "named in headline.json"
     purpose = next(name for name in ("classify", "anomaly", "baseline") if (rows["purpose"] == name).any())
-    able = rows[rows["purpose"] == purpose]
+    able = rows[(rows["purpose"] == purpose) & ~rows["variant"].str.startswith(PAINTED)]
     able = able[able["split"] == "patient"] if (able["split"] == "patient").any() else able  # shared patients flatter
     column = "shifted_auc" if able["shifted_auc"].notna().all() else "val_auc"
     where = "the shifted validation images" if column == "shifted_auc" else "validation"
@@ -117,7 +118,7 @@ def verdict(found, reference):
 
 def p_text(p):
     """Return a p value as a reader wants it."""
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+    return "< 0.001" if p < 0.001 else "–" if p != p else f"= {p:.3f}"
 
 
 def update_readme(path, loaded):
@@ -337,7 +338,7 @@ def _page(results_dir, loaded):
     decides = runs[0]["purpose"] == "classify"
     pairs = {label: (test["y_true"], test["y_score"]) for label, test in shown.items()}
     name = threshold_of(runs[0], threshold)
-    point = {next(iter(pairs)): {name: float(np.mean([run["thresholds"][name] for run in runs]))}}
+    point = {next(iter(pairs)): {name: evaluate.frame_thresholds(average, runs[0]["purpose"])[name]}}
     negative = [(section["title"], section["reference"], row) for section in sections if len(section["comparisons"])
                 for row in section["comparisons"].itertuples() if row.verdict in ("worse", "not shown")]
     return {

@@ -42,8 +42,8 @@ def _unsqueezed(image):
     return out
 
 
-def _border_only(image, share=0.12):
-    edge = round(share * image.shape[0])
+def _border_only(image):
+    edge = round(0.12 * image.shape[0])
     inside = np.s_[edge:-edge, edge:-edge]
     out = image.copy()
     out[inside] = image[inside].mean()
@@ -150,6 +150,7 @@ def saved(run, notebooks):
     for record in run.records():
         on_disk = (run.directory / "models" / f"{record['run_id']}.keras").is_file()
         usable = record["data"]["manifest_sha256"] == same and "val_shifted" in record["metrics"]
+        usable &= record["config"].get("augment") != "class_brightness"  # its validation images carry the label
         if record["notebook"][:2] in notebooks and record["purpose"] == "classify" and on_disk and usable:
             groups.setdefault(record["run_id"].rsplit("-s", 1)[0], []).append(record)
     for found in groups.values():

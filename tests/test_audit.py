@@ -120,6 +120,15 @@ def test_a_copy_among_the_images_to_predict_spoils_no_result(copied):
     assert audit.exit_code(found) == 0
 
 
+def test_a_copy_to_predict_does_not_hide_a_leak(copied):
+    folder, cache = copied
+    leak_near_duplicate(folder)
+    (folder / "pred").mkdir()
+    shutil.copy(first(folder, "train/NORMAL/*.jpeg"), folder / "pred" / "a.jpeg")  # before train and test by name
+    found = examine(folder, cache)
+    assert verdicts(found)["near duplicates"] == "FAIL" and audit.exit_code(found) == 1
+
+
 def test_shortcuts_are_seen(copied):
     import cv2
 

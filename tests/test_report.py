@@ -228,6 +228,8 @@ def test_headline_is_chosen_on_validation_or_named(copied):
     group, why = report.headline(copied, rows)
     able = rows[(rows["purpose"] == "classify") & (rows["split"] == "patient")]
     assert group == able["shifted_auc"].idxmax() and "validation" in why
+    painted = rows.assign(variant=rows["variant"].where(rows.index != group, report.PAINTED))
+    assert report.headline(copied, painted)[0] != group, "validation images that carry the label choose nothing"
     named = rows.index[rows["variant"] == "seed recipe"][0]
     (copied / "headline.json").write_text(json.dumps({"run_group": named, "threshold": "youden"}))
     assert report.headline(copied, rows) == (named, "named in headline.json")
@@ -248,7 +250,7 @@ def test_readme_block_is_replaced_and_the_rest_stays(made, loaded, tmp_path):
     assert report.SYNTHETIC in once and "| lab recipe |" in once and "| always pneumonia |" in once
     tables = [[line.count("|") for line in part.splitlines()] for part in once.split("\n\n") if part.startswith("|")]
     assert len(tables) == 2 and all(len(set(widths)) == 1 for widths in tables), "rows of a table have the same cells"
-    assert "| S2 | CNN | ? px | image | 3 | accuracy | 0.689 (" in once
+    assert "| S2 | CNN | ? px, phantoms | image | 3 | accuracy | 0.689 (" in once
     readme.write_text("no markers")
     with pytest.raises(report.ReportError, match="results:begin"):
         report.update_readme(readme, {made: loaded})
@@ -319,5 +321,11 @@ def test_strategies_stand_beside_each_other_for_each_network_and_start(tmp_path)
     shown = ~report.table(found)["variant"].isin(["no transfer", "stretched"])
     assert sorted(aucs.stack().dropna()) == sorted(averaged[shown])
     assert texts.iloc[0, 1].startswith(f"{aucs.iloc[0, 1]:.3f}")
+    run.save("full imagenet, 16 epochs", about | {"weights": "imagenet", "epochs": 16}, 0, scores(run.manifest, 1.0, 0))
+    run.save("the same again", about | {"weights": "imagenet", "epochs": 20}, 0, scores(run.manifest, 1.1, 0))
+    more = report.load(run.results, intervals=False)
+    longer, _ = report.strategy_grid(report.table(more), more)
+    assert longer["full"].notna().sum() == aucs["full"].notna().sum() + 2, "no recipe hides another"
+    assert "resnet_50\nimagenet, 16 epochs" in longer.index
     page = report.html(run.results, tmp_path / "report.html", loaded=found).read_text()
     assert "Test AUC of the seed-averaged score" in page and "Labels to look at again" in page

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -129,12 +130,29 @@ def test_without_masks_the_probes_of_the_lungs_are_left_out(lab):
     assert not any(name.startswith("lungs") for name in found["probes"]) and "border only:1" in found["probes"]
 
 
+def test_a_changed_interval_of_a_probe_is_noticed(lab, tmp_path):
+    run, record = lab
+    found = trust.probe(run, record, reads_marker, run.images(96), lungs=None, threshold="half")
+    shutil.copytree(run.results, tmp_path / "results")
+    report.load(tmp_path / "results")
+    path = tmp_path / "results" / "records" / f"{found['run_id']}.json"
+    for part, number in (("auc", "low"), ("unchanged", "auc")):
+        changed = json.loads(json.dumps(found))
+        changed["probes"]["border only:1"][part][number] = 0.1
+        del changed["sha256"]
+        path.write_text(json.dumps(changed))
+        with pytest.raises(report.ReportError, match=f"border only:1.{part}.{number} is 0.1"):
+            report.load(tmp_path / "results")
+
+
 def test_best_saved_configuration_of_each_notebook(lab):
     run, record = lab
     other = dataclasses.replace(run, notebook="02_baseline_cnn")
     weak = run.predictions(record)
     other.save("weak", {"model": "weak"}, 0, weak.assign(y_score=1 - weak["y_score"]))
     strong = other.save("strong", {"model": "strong"}, 0, weak)
+    perfect = weak.assign(y_score=np.where(weak["split"] == "val_shifted", weak["y_true"], weak["y_score"]))
+    other.save("class brightness", {"augment": "class_brightness"}, 0, perfect)  # its validation carries the label
     assert trust.saved(run, ("02", "09")) == {}
     for one in other.records():
         (run.directory / "models").mkdir(exist_ok=True)
