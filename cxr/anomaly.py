@@ -5,6 +5,7 @@ Scores are float `(n,)`, higher = more abnormal. That direction is checked on va
 """
 
 import functools
+import shutil
 import time
 
 import cv2
@@ -171,23 +172,28 @@ def auc_within(y_true, score, blur, num_bins=5):
 
 
 def trained(run, name, seed, build, fit):
-    """Return a model of this run: loaded where it was trained before, else built, trained and saved.
+    """Return a model of this run: loaded where it was trained before on the same data, else built, trained and saved.
 
     Args:
         run: `records.Run`.
         name: of the file, unique within the notebook; sizes and epochs belong into it.
         seed: of its weights.
         build: function `() -> keras.Model`.
-        fit: function `model -> history`.
+        fit: function `(model, folder) -> history`; `folder` is for a backup, and goes once the model is saved.
     """
-    code = f"-{records.code_sha256()[:8]}" if run.profile.strict else ""
-    path = run.directory / "models" / f"{run.notebook}-{name}-s{seed}{code}.keras"
-    if path.is_file():
-        return keras.models.load_model(path, safe_mode=True, compile=False)
-    start_fresh(seed)
-    model = build()
-    fit(model)
-    save_atomic(model.save, path)
+    data = records.fingerprint(run.manifest)
+    code = [records.code_sha256()] if run.profile.strict else []
+    key = records.canonical_sha256([data["manifest_sha256"], data["split_sha256"], *code])[:8]
+    stem = f"{run.notebook}-{name}-s{seed}-{key}"
+    path, folder = run.directory / "models" / f"{stem}.keras", run.directory / "cache" / "backup" / stem
+    with records.alone(run.directory / "cache" / "locks" / stem):
+        if path.is_file():
+            return keras.models.load_model(path, safe_mode=True, compile=False)
+        start_fresh(seed)
+        model = build()
+        fit(model, folder)
+        save_atomic(model.save, path)
+        shutil.rmtree(folder, ignore_errors=True)
     return model
 
 

@@ -81,7 +81,7 @@ def trained(run, variant, recipe, build, images, manifest, spaces, seed=0):
         return Drawn(record, train.load_model(run, record), np.load(film_path))
     start = time.monotonic()
     device.start_fresh(seed)
-    folder = run.directory / "cache" / "backup" / run_id
+    folder = run.backup(run_id)
     earlier = backup.spent(folder)
     real = images[train_rows(manifest, recipe.label)]
     model = build(recipe.image_size, seed)

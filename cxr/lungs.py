@@ -7,14 +7,28 @@ import pathlib
 import cv2
 import numpy as np
 
-from cxr import anomaly, augment, autoencoder, decode, phantom
+from cxr import anomaly, augment, autoencoder, data, decode, phantom, splits
+
+
+def _outlines(manifest):
+    """Return `(row, file)` of each image that has been outlined by hand."""
+    roots = manifest.attrs["root"].split(os.pathsep)
+    inside = manifest["image_id"].str.partition("/")[2] if len(roots) > 1 else manifest["image_id"]  # without the set
+    folders = dict.fromkeys(pathlib.Path(root).parent / "lung_masks" for root in roots)
+    return [(row, path) for row, image in enumerate(inside) for folder in folders
+            if (path := folder / pathlib.Path(image).with_suffix(".png")).is_file()]
+
+
+def are_outlined(manifest):
+    """Return whether any image of a manifest has known lung fields."""
+    return bool(manifest.attrs["synthetic"] or _outlines(manifest))
 
 
 def outlined(manifest, size):
     """Return which images have hand-drawn lung fields, and the fields.
 
     A phantom's are exact. Of real images they lie in `lung_masks` beside the folder of the set, under the image's own
-    relative path with the suffix `.png`, 255 where lung is.
+    path in the set with the suffix `.png`, 255 where lung is.
 
     Args:
         manifest: of `data.load_manifest`.
@@ -28,12 +42,9 @@ def outlined(manifest, size):
     """
     if manifest.attrs["synthetic"]:
         return np.arange(len(manifest)), phantom.masks(manifest, size)[0]
-    folders = [pathlib.Path(root).parent / "lung_masks" for root in manifest.attrs["root"].split(os.pathsep)]
-    found = [(row, path) for row, image in enumerate(manifest["image_id"]) for folder in folders
-             if (path := folder / pathlib.Path(image).with_suffix(".png")).is_file()]
-    if not found:
-        raise FileNotFoundError(f"No lung fields in {', '.join(map(str, folders))}. Expected train/NORMAL/NAME.png and "
-                                "the like, 255 = lung; leave the lung fields out, or get them (data/README.md).")
+    if not (found := _outlines(manifest)):
+        raise FileNotFoundError(f"No lung fields beside {manifest.attrs['root']}. Expected lung_masks/train/NORMAL/"
+                                "NAME.png and the like there, 255 = lung (docs/your-data.md).")
     masks = [decode.fit(decode.decode(path.read_bytes()), size) > 127 for _, path in found]
     return np.array([row for row, _ in found]), np.stack(masks)
 
@@ -41,20 +52,25 @@ def outlined(manifest, size):
 def network(run, size, epochs, seed=0, *, normals_only=False):
     """Return an `autoencoder.segmenter` of lung fields, trained on the outlined images of train (once, then loaded).
 
+    Where no image of the run is outlined it learns from the default phantom, whose lungs are known, and says so.
+
     Args:
         run: `records.Run`.
         size: side in pixels, a multiple of 8.
         epochs, seed: of its training.
         normals_only: learn from normal images alone, as an anomaly detector must.
     """
+    if not are_outlined(run.manifest):
+        print("No film of this set has outlined lungs: the network of lung fields learns from phantoms.")
+        run = dataclasses.replace(run, manifest=splits.assign(data.load_manifest("phantom", cache_dir=run.cache)))
     rows, masks = outlined(run.manifest, size)
     some = run.manifest.iloc[rows]
     known = ((some["split"] == "train") & (~np.bool_(normals_only) | (some["label"] == "NORMAL"))).to_numpy()
     shared = dataclasses.replace(run, notebook="lungs")  # every notebook loads the same
     return anomaly.trained(shared, f"{size}-{epochs}{'-normals' * normals_only}", seed,
                            lambda: autoencoder.segmenter(size, augment.exposure_and_sharpness()),
-                           lambda model: autoencoder.fit(model, run.images(size)[rows[known]], masks[known],
-                                                         epochs=epochs, seed=seed))
+                           lambda model, _: autoencoder.fit(model, run.images(size)[rows[known]], masks[known],
+                                                            epochs=epochs, seed=seed))
 
 
 def agreement(run, probability):

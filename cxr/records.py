@@ -212,6 +212,11 @@ class Run:
                     "data": {key: data[key] for key in ("source", "manifest_sha256", "split_sha256")}}
         return f"{self.notebook}-{canonical_sha256(identity)[:8]}-s{seed}"
 
+    def backup(self, name):
+        """Return the folder where a training called `name` backs up; under a strict profile, one of this code alone."""
+        code = f"-{code_sha256()[:8]}" if self.profile.strict else ""
+        return self.directory / "cache" / "backup" / f"{name}{code}"
+
     def load(self, run_id):
         """Return the finished record `run_id`, or `None` when it has yet to be made."""
         path = self.results / "records" / f"{run_id}.json"

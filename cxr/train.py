@@ -120,7 +120,7 @@ def _train_one(run, variant, recipe, build, seed, *, images, manifest, extra, or
         watched["oracle_test"] = parts["test"]
     start_fresh(seed)  # the initial weights and dropout of this run
     model = build(recipe.image_size, augment.stack(recipe.augment))
-    folder = run.directory / "cache" / "backup" / run_id
+    folder = run.backup(run_id)
     ready, earlier = time.monotonic(), spent(folder)
     part, seen = model, lambda pixels: pixels
     if transfer.is_stored(recipe):

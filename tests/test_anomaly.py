@@ -60,12 +60,34 @@ def test_an_autoencoder_compiled_before_trains_to_the_bit_as_a_new_one(films):
         np.testing.assert_array_equal(shared, own)
 
 
+def run_on(folder, digest):
+    """A run with one image of that hash, as `anomaly.trained` needs it."""
+    manifest = pd.DataFrame({"image_id": ["a"], "label": ["NORMAL"], "sha256": [digest], "split": ["train"],
+                             "patient_id": ["p"]})
+    manifest.attrs = {"source": "set", "synthetic": False}
+    return types.SimpleNamespace(directory=folder, notebook="08_test", profile=types.SimpleNamespace(strict=False),
+                                 manifest=manifest)
+
+
+def test_a_model_is_loaded_for_the_same_data_only_and_leaves_no_backup(tmp_path):
+    trained = []
+
+    def fit(model, folder):
+        assert not folder.exists(), "a leftover would be taken for this training"
+        folder.mkdir(parents=True)
+        trained.append(folder)
+
+    for digest in ("a", "a", "b"):
+        anomaly.trained(run_on(tmp_path, digest), "small", 0, lambda: autoencoder.autoencoder(16, 4), fit)
+    assert len(set(trained)) == len(trained) == 2 and not any(folder.exists() for folder in trained)
+
+
 def test_a_network_of_one_seed_stays_when_the_next_is_trained(films, tmp_path):
-    run = types.SimpleNamespace(directory=tmp_path, notebook="08_test", profile=types.SimpleNamespace(strict=False))
+    run = run_on(tmp_path, "a")
 
     def network(seed):
         return anomaly.trained(run, "small", seed, lambda: autoencoder.autoencoder(48, 8),
-                               lambda model: autoencoder.fit(model, films, epochs=1, seed=seed, batch_size=8))
+                               lambda model, _: autoencoder.fit(model, films, epochs=1, seed=seed, batch_size=8))
 
     first = network(0)
     before = autoencoder.apply(first, films)

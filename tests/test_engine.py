@@ -177,7 +177,7 @@ def test_a_cluster_that_loses_a_node_in_the_middle_writes_the_same_records(run, 
             for line in notes.read_text().splitlines() if notes.exists() else ():
                 seed, node, *_ = line.split()
                 run_id = far.run_id("killed", recipe.config(), int(seed))
-                if node == doomed and (far.directory / "cache" / "backup" / run_id / "history.json").exists():
+                if node == doomed and (far.backup(run_id) / "history.json").exists():
                     cluster.remove_node(cluster.doomed, allow_graceful=False)
                     killed.append((int(seed), far.load(run_id)))
                     return

@@ -44,6 +44,30 @@ def test_a_set_without_outlines_says_where_they_were_looked_for(tmp_path):
         lungs.outlined(manifest, 16)
 
 
+def test_outlines_are_found_of_joined_sets_too(tmp_path):
+    path = tmp_path / "lung_masks" / "train" / "NORMAL" / "a.png"
+    path.parent.mkdir(parents=True)
+    cv2.imwrite(str(path), np.full((20, 20), 255, np.uint8))
+    manifest = pd.DataFrame({"image_id": ["covid19/COVID19/a.png", "chest_xray/train/NORMAL/a.jpeg"]})
+    manifest.attrs = {"synthetic": False, "root": f"{tmp_path / 'chest_xray'}:{tmp_path / 'covid19'}"}
+    assert lungs.are_outlined(manifest) and lungs.outlined(manifest, 16)[0].tolist() == [1]
+
+
+def test_a_set_without_outlines_learns_lungs_from_phantoms(tmp_path, monkeypatch, capsys):
+    knobs = {"num_train": 40, "num_val": 4, "num_test": 20, "size": 64}
+    for name in ("mine", "phantom"):
+        phantom.write(tmp_path / name, **knobs, seed=len(name))
+    (tmp_path / "mine" / "phantom.json").unlink()  # now it passes for real, and nobody has outlined it
+    monkeypatch.setattr("cxr.config.root", lambda: tmp_path)
+    run = config.start("09_trust", data=str(tmp_path / "mine"))
+    load = data.load_manifest
+    monkeypatch.setattr(data, "load_manifest", lambda source, **rest: load(tmp_path / source, **rest))
+    assert not run.synthetic and not lungs.are_outlined(run.manifest)
+    fields = lungs.fields(run, 64, epochs=6)
+    assert "learns from phantoms" in capsys.readouterr().out
+    assert fields.shape == (len(run.manifest), 64, 64) and fields.dtype == bool and 0.05 < fields.mean() < 0.6
+
+
 @pytest.fixture(scope="module")
 def outlines(tmp_path_factory):
     """A run on phantoms and the lung probabilities of a network that has learnt from the normal ones."""
