@@ -93,7 +93,7 @@ def _audit(source, json, cache):
 def _predict(paths, model, out):
     from cxr import deploy, predict
 
-    files = predict.find_files(paths)
+    files = predict.find_files(paths, out)
     network, about = deploy.load(model)
     table = predict.score_files(files, network, about, out)
     page = predict.write_page(table, about, out)

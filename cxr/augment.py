@@ -112,15 +112,17 @@ def acquisition(zoom=(-0.1, 0.1)):
     return [*_geometry(zoom, fill_mode="nearest"), *exposure_and_sharpness()]
 
 
+OTHERS = {"acquisition": acquisition, "aspect_jitter": lambda: acquisition(zoom=(-0.3, 0.2))}
+
+
 def exposure_and_sharpness():
     """Return the part of `acquisition` that leaves every pixel in its place, as outlines need."""
     return [*_exposure(), *_sharpness()]
 
 
 def stack(name):
-    """Return fresh layers of the strategy `name`: a key of `STRATEGIES`, `acquisition`, or `aspect_jitter`."""
-    others = {"acquisition": acquisition, "aspect_jitter": lambda: acquisition(zoom=(-0.3, 0.2))}
-    return (STRATEGIES | others).get(name, list)()
+    """Return fresh layers of the strategy `name`: a key of `STRATEGIES` or of `OTHERS`."""
+    return (STRATEGIES | OTHERS).get(name, list)()  # what else a recipe names is done before training
 
 
 def copies(images, name):
@@ -178,7 +180,8 @@ def mix(images, labels, mode, ratio, *, seed):
     if mode != "extra_samples" and rng.random() >= ratio:
         return images, labels
     layer_seed = int(rng.integers(2**31))
-    layer = layers.CutMix(seed=layer_seed) if mode == "cutmix" else layers.MixUp(alpha=0.2, seed=layer_seed)
+    options = {"seed": layer_seed, "dtype": "float32"}  # whatever the network computes in
+    layer = layers.CutMix(**options) if mode == "cutmix" else layers.MixUp(alpha=0.2, **options)
     mixed = layer({"images": images, "labels": labels}, training=True)
     mixed = [ops.convert_to_numpy(mixed[name]) for name in ("images", "labels")]
     if mode != "extra_samples":

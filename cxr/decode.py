@@ -115,6 +115,8 @@ def _present(dataset, stored):
     values = pixels.apply_voi_lut(pixels.apply_modality_lut(stored, dataset), dataset)
     if "VOILUTSequence" in dataset:
         low, high = 0, 2 ** int(dataset.VOILUTSequence[0].LUTDescriptor[2]) - 1
+    elif "WindowCenter" not in dataset:  # a negative slope has swapped the ends, and a window is turned by pydicom
+        low, high = sorted((low, high))
     grey = _to_uint8(values, low, high)
     return 255 - grey if kind == "MONOCHROME1" else grey
 

@@ -222,7 +222,8 @@ def in_windows(model, inputs):
 
     yield apply(parts[0])  # alone: it traces the network
     with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count()) if bare_tensorflow() else 1) as pool:
-        yield from pool.map(apply, parts[1:])
+        for start in range(1, len(parts), 16):  # by handfuls: whoever stores what comes may be slower
+            yield from pool.map(apply, parts[start:start + 16])
 
 
 def outputs(model, inputs):

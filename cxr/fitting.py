@@ -13,6 +13,12 @@ from cxr.backup import back_up, load, restore, spent
 from cxr.device import compiled_once, copy_state, num_devices, predict
 from cxr.objective import DiscriminativeAdamW, HardAUC, WeightedBinaryCrossentropy, class_weights
 
+CHOICES = {"schedule": {"constant", "cosine", "step"}, "select": {"last", "best"},
+           "monitor": {"val_auc", "shifted_auc"}, "split": {"patient", "image"},
+           "balance": {"none", "class_weight", "loss_1.5", "oversample", "offline"},
+           # the last two are painted by the caller before training (`extra`, `images`)
+           "augment": {*augment.STRATEGIES, *augment.OTHERS, "class_brightness", "offline_acquisition"}}
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -61,6 +67,12 @@ class Recipe:
     strategy: str | None = None
     backbone_rate: float = 1.0
     domain: tuple | None = None
+
+    def __post_init__(self):
+        """Refuse a word that nothing here knows: what it stands for would silently be left out."""
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"Recipe({name}={getattr(self, name)!r}): choose one of {', '.join(sorted(known))}.")
 
     def config(self):
         """Return the record's `config`: what identifies a recipe, and whatever differs from the default.
@@ -179,8 +191,8 @@ def _compile(model, recipe, labels, steps):
     loss = WeightedBinaryCrossentropy(float(negative), float(positive), recipe.label_smoothing)
     rate = recipe.learning_rate
     if recipe.schedule == "cosine":
-        rate = keras.optimizers.schedules.CosineDecay(0.0, steps * (recipe.epochs - 1), warmup_target=rate,
-                                                      warmup_steps=steps)
+        rate = keras.optimizers.schedules.CosineDecay(0.0, max(1, steps * (recipe.epochs - 1)),
+                                                      warmup_target=rate, warmup_steps=steps)
     if recipe.schedule == "step":
         rate = keras.optimizers.schedules.ExponentialDecay(rate, 7 * steps, 0.1, staircase=True)
     optimizer = DiscriminativeAdamW(rate, decoupled_decay=recipe.weight_decay, backbone_rate=recipe.backbone_rate)

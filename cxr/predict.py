@@ -24,8 +24,8 @@ COLUMNS = ["file", "sha256", "probability", "calibrated_probability", "decision"
 CHUNK = 64
 
 
-def find_files(paths):
-    """Return the files to score, sorted: those given, and every visible file below the folders given.
+def find_files(paths, out=None):
+    """Return the files to score, sorted: those given, and every visible file below the folders given, `out` left aside.
 
     Raises:
         FileNotFoundError: a path that does not exist, or nothing to score.
@@ -37,6 +37,8 @@ def find_files(paths):
         inside = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
         found += [file for file in inside if path == file or not any(part.startswith(".") for part in
                                                                      file.relative_to(path).parts)]
+    if out:
+        found = [file for file in found if pathlib.Path(out).resolve() not in file.resolve().parents]
     if not found:
         raise FileNotFoundError(f"{', '.join(map(str, paths))}: no files in there.")
     return list(dict.fromkeys(found))
@@ -111,7 +113,8 @@ def score_files(files, model, about, out):
         DataFrame with `COLUMNS`, one row a file.
     """
     out = pathlib.Path(out)
-    done = _finished(out, about)
+    if not (done := _finished(out, about)):
+        (out / "predictions.csv").unlink(missing_ok=True)  # of another model: never beside the name of this one
     rows = []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 2) as pool:
         for start in tqdm.tqdm(range(0, len(files), CHUNK), "predict", unit=f" x {CHUNK} files", delay=3):
@@ -164,9 +167,10 @@ def _heatmap_path(out, digest):
     return out / "heatmaps" / f"{digest[:24]}.jpg"  # named by content: no name from outside becomes a path
 
 
-def _overlay(pixels, heat, side=320):
-    """Return a JPEG: the X-ray, and beside it the same with its map."""
-    height = max(1, round(side * pixels.shape[0] / pixels.shape[1]))
+def _overlay(pixels, heat):
+    """Return a JPEG: the X-ray, and beside it the same with its map; four times as high as wide at most."""
+    side = 320
+    height = min(4 * side, max(1, round(side * pixels.shape[0] / pixels.shape[1])))
     grey = cv2.cvtColor(cv2.resize(pixels, (side, height), interpolation=cv2.INTER_AREA), cv2.COLOR_GRAY2BGR)
     heat = cv2.resize(heat, (side, height))[..., None]
     colour = cv2.applyColorMap(np.uint8(255 * heat), cv2.COLORMAP_INFERNO)
@@ -224,11 +228,11 @@ def external(source, model, about, out, *, cache_dir=None):
         The record: metrics with intervals over patients at the thresholds that came with the model.
 
     Raises:
-        ValueError: one class only, or the set that the model was trained on.
+        ValueError: one class only, or a set of the name of one that the model was trained on.
     """
     manifest = data.load_manifest(source, cache_dir=cache_dir)
     manifest = manifest[manifest["label"] != ""].drop_duplicates("pixel_sha256")
-    if manifest.attrs["source"] == about["source"]:
+    if set(manifest.attrs["source"].split("+")) & set(about["source"].split("+")):
         raise ValueError(f"{source} is the set that {about['run_id']} was trained on; its record holds its test. "
                          "Give another set.")
     images = data.load_images(manifest, about["image_size"], cache_dir=cache_dir)

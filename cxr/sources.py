@@ -124,7 +124,7 @@ def _is_image(path):
 
 
 def _archive(path):
-    """List the images of a MedMNIST archive; one with another hash than the official is taken, and said to be."""
+    """List the images of a MedMNIST archive; `official` tells whether it has the published hash."""
     try:
         with np.load(path) as archive:
             named = [key.removesuffix("_labels") for key in archive.files if key.endswith("_labels")]
@@ -133,7 +133,7 @@ def _archive(path):
     except Exception as error:  # a damaged archive makes zipfile, zlib and NumPy raise nearly anything
         raise ValueError(f"{path} is not a MedMNIST archive ({error}). Expected train_images, train_labels, … as in "
                          f"{SOURCES['pneumoniamnist']['url']}; download it again.") from error
-    if not labels or set(labels) - set(SPLITS) or any(
+    if not any(map(len, labels.values())) or set(labels) - set(SPLITS) or any(
             images[split].dtype != np.uint8 or images[split].ndim != 3 or len(values) != len(images[split])
             or set(values.tolist()) - {0, 1} for split, values in labels.items()):
         shapes = {split: f"{array.dtype} {array.shape}" for split, array in images.items()}

@@ -45,8 +45,9 @@ def assign(manifest, seed=0, val_fraction=0.12):
     """Return a copy of the manifest with `split` in `train|val|test|test_duplicate|dropped|pred`.
 
     Official `val` is pooled with `train`. Pictures with two labels are dropped whole. Later copies are dropped from
-    train, and set apart in test; train images whose picture or patient stands in test are dropped. Validation is then
-    drawn from train by patient, stratified by label and etiology.
+    train, and set apart in test; train images whose picture or patient stands in test are dropped (of a patient
+    whose film stands in test under another's name, that film alone: tell by `tie` that the two are one). Validation is
+    then drawn from train by patient, stratified by label and etiology.
 
     Args:
         manifest: as `data.load_manifest` returns it. The first of a group of copies, by `image_id`, stays.
@@ -119,7 +120,7 @@ def _draw_patients(pool, seed, val_fraction):
     rng, chosen = np.random.default_rng(seed), []
     patients = pool.groupby("patient_id")[["label", "etiology"]].first().assign(n=pool.groupby("patient_id").size())
     stratum = patients["label"] + "/" + patients["etiology"]
-    lonely = stratum.groupby(stratum).transform("size") < 2  # one patient of an etiology joins the others of its label
+    lonely = stratum.groupby(stratum).transform("size") < 2  # lone patients of a label's etiologies make one stratum
     for _, part in patients.groupby(stratum.mask(lonely, patients["label"])):
         order = rng.permutation(len(part))
         total = part["n"].to_numpy()[order].cumsum()

@@ -50,6 +50,21 @@ def test_mixing_keeps_ranges_and_is_reproducible(mode, ratio):
         np.testing.assert_array_equal(soft, labels)
 
 
+@pytest.mark.parametrize("mode", augment.MIX_MODES)
+def test_mixing_is_the_same_whatever_the_network_computes_in(mode, monkeypatch):
+    images, labels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8), np.ones((6, 1), "float32")
+    expected = augment.mix(images, labels, mode, 1.0, seed=0)
+    policy = keras.config.dtype_policy()
+    try:
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        found = augment.mix(images, labels, mode, 1.0, seed=0)
+    finally:
+        keras.config.set_dtype_policy(policy)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == "float32"
+
+
 @given(ratio=st.floats(0, 1), seed=st.integers(0, 2**31))
 @settings(max_examples=25)
 def test_fixed_lambda_mixes_image_and_label_alike(ratio, seed):

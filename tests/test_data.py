@@ -188,7 +188,10 @@ def test_a_local_archive_is_read_and_said_to_be_unofficial(tmp_path, cache):
 
 
 @pytest.mark.parametrize("changes", [{"train_labels": np.full((6, 1), 7)}, {"test_labels": np.zeros((5, 1), int)},
-                                     {"val_images": np.zeros((6, 28, 28, 3), np.uint8)}])  # fmt: skip
+                                     {"val_images": np.zeros((6, 28, 28, 3), np.uint8)},
+                                     {f"{split}_{what}": np.zeros((0, *shape), np.uint8) for split in
+                                      ("train", "val", "test") for what, shape in (("images", (28, 28)),
+                                                                                   ("labels", (1,)))}])  # fmt: skip
 def test_a_wrong_archive_says_what_was_expected(tmp_path, cache, changes):
     path, _ = archive(tmp_path / "wrong.npz", **changes)
     with pytest.raises(ValueError, match=r"wrong\.npz: expected"):
@@ -422,6 +425,9 @@ def test_dicom_plain_inverted_and_rescaled():
     close(dicom(TWELVE), picture(), 1)
     close(dicom(TWELVE, kind="MONOCHROME1"), 255 - picture().astype(int), 1)
     close(dicom(TWELVE, RescaleSlope="2", RescaleIntercept="-1024"), picture(), 1)
+    turned = {"RescaleSlope": "-1", "RescaleIntercept": "4095"}
+    close(dicom(TWELVE, **turned), 255 - picture().astype(int), 1)
+    close(dicom(TWELVE, **turned, WindowCenter="2048", WindowWidth="4096"), 255 - picture().astype(int), 1)
     close(dicom(TWELVE.astype(np.int16) - 2048, signed=True), picture(), 1)
     close(dicom(picture(), bits=8), picture(), 0)
 

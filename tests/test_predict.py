@@ -87,6 +87,26 @@ def test_scores_are_those_of_the_model_and_decisions_those_of_its_frozen_thresho
     assert (table["decision"] == np.where(table["probability"].astype(float) >= cut, "pneumonia", "normal")).all()
 
 
+def test_an_odd_shape_another_model_and_its_own_output_stop_nothing(lab, films, tmp_path):
+    import cv2
+
+    model, about = deploy.load(lab[2])
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    cv2.imwrite(str(folder / "tall.png"), np.tile(np.uint8([[10, 200] * 8]), (4000, 1)))
+    (folder / "film.jpeg").write_bytes((films / "good0.jpeg").read_bytes())
+    for _ in range(2):
+        files = predict.find_files([folder], folder / "predictions")
+        table = predict.score_files(files, model, about, folder / "predictions")
+        assert [file.name for file in files] == ["film.jpeg", "tall.png"] and table["error"].eq("").all()
+    other = about | {"run_id": "other"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "_score_chunk", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            predict.score_files(files, model, other, folder / "predictions")
+    assert not (folder / "predictions" / "predictions.csv").exists(), "one model's rows under another's name"
+
+
 def test_a_killed_run_goes_on_without_scoring_again(lab, films, tmp_path, monkeypatch):
     model, about = deploy.load(lab[2])
     files, out = predict.find_files([films]), tmp_path / "out"
@@ -143,6 +163,8 @@ def test_an_external_set_is_judged_by_the_frozen_thresholds(lab, tmp_path, capsy
     assert (tmp_path / "out" / found["predictions"]["path"]).is_file()
     with pytest.raises(ValueError, match="trained on"):
         predict.external(run.manifest.attrs["root"], *deploy.load(path), tmp_path)
+    with pytest.raises(ValueError, match="trained on"):
+        predict.external(f"{run.manifest.attrs['root']}:{tmp_path / 'elsewhere'}", *deploy.load(path), tmp_path)
 
 
 @pytest.mark.parametrize("path", sorted((pathlib.Path(__file__).parents[1] / "results").glob("*/models/*.keras")),

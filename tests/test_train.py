@@ -254,6 +254,19 @@ def test_a_damaged_backup_is_named_and_nothing_is_trained_from_it(tmp_path):
         train.fit(*arguments, seed=0, folder=tmp_path / "backup")
 
 
+def test_one_epoch_is_enough_for_a_schedule(tmp_path):
+    recipe = dataclasses.replace(RECIPE, epochs=1, schedule="cosine")
+    history, _ = train.fit(tiny(16), recipe, *easy(), {"val": easy(60, seed=1)}, seed=0, folder=tmp_path)
+    assert len(history["loss"]) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"schedule": "cosin"}, {"balance": "class_weights"}, {"augment": "rotate"},
+                                   {"select": "first"}, {"monitor": "auc"}, {"split": "patients"}])
+def test_a_misspelt_recipe_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*choose one of"):
+        dataclasses.replace(RECIPE, **wrong)
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run over 60 easy images of 60 patients, without files behind them."""
