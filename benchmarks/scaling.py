@@ -10,6 +10,7 @@ duplicates, PNG files, a step of ResNet18, and the arithmetic of each network.
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -64,18 +65,9 @@ def flops(model):
         elif isinstance(kind, (layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D, layers.Conv2DTranspose,
                                layers.Dense)):
             place = layer.input if isinstance(kind, layers.Conv2DTranspose) else layer.output
-            where = 1
-            for side in place.shape[1:-1]:
-                where *= side
-            total += 2 * where * sum(_size(weight) for weight in kind.weights if len(weight.shape) > 1)
+            weights = sum(math.prod(weight.shape) for weight in kind.weights if len(weight.shape) > 1)
+            total += 2 * math.prod(place.shape[1:-1]) * weights
     return total
-
-
-def _size(weight):
-    size = 1
-    for side in weight.shape:
-        size *= side
-    return size
 
 
 def networks():

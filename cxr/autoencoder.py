@@ -8,7 +8,7 @@ import numpy as np
 from keras import layers, ops
 
 from cxr.device import compiled_once, copy_state, outputs
-from cxr.models import TrainingOnly, image_input
+from cxr.models import image_input
 from cxr.objective import Adam
 
 
@@ -17,7 +17,7 @@ def seed_autoencoder(image_size=150):
 
     Takes images in [0, 255] and returns them rebuilt in [0, 1].
     """
-    inputs, x = _scaled_input(image_size)
+    inputs, x = image_input(image_size, ())
     for _ in range(2):
         x = layers.Conv2D(32, 3, padding="same", activation="relu")(x)
         x = layers.MaxPooling2D(padding="same")(x)
@@ -27,11 +27,6 @@ def seed_autoencoder(image_size=150):
     extra = x.shape[1] - image_size
     x = layers.Cropping2D(((extra // 2, extra - extra // 2),) * 2)(x) if extra else x
     return keras.Model(inputs, layers.Conv2D(1, 3, padding="same", activation="sigmoid")(x), name="seed_autoencoder")
-
-
-def _scaled_input(image_size):
-    inputs = keras.Input((image_size, image_size, 1), name="image")
-    return inputs, layers.Rescaling(1 / 255)(inputs)
 
 
 @keras.saving.register_keras_serializable("cxr")
@@ -71,8 +66,7 @@ def autoencoder(image_size=64, latent=64, *, corruption=(), variational=False):
     """
     if image_size % 16:
         raise ValueError(f"image_size is {image_size}; four halvings need a multiple of 16.")
-    inputs, x = _scaled_input(image_size)
-    x = TrainingOnly(corruption)(x) if corruption else x
+    inputs, x = image_input(image_size, corruption)
     for filters in (16, 32, 64, 64):
         x = layers.Conv2D(filters, 3, strides=2, padding="same", activation="relu")(x)
     shape = x.shape[1:]

@@ -12,7 +12,6 @@ import os
 import cv2
 import numpy as np
 from scipy import fft
-from scipy.sparse import coo_array, csgraph
 
 VERSION = "v3"  # raise it when other pairs come out; cached results carry it
 SAME_FILM = 0.75
@@ -130,9 +129,3 @@ def same_film(first, second):
     if common.mean() < 0.5 or fine[common].std() == 0 or moved[common].std() == 0:
         return 0.0
     return float(np.corrcoef(fine[common], moved[common])[0, 1])
-
-
-def groups(pairs, n):
-    """Return an int array `(n,)`: the group of each image, where pairs `(i, j, …)` tie images together."""
-    i, j = np.array([pair[:2] for pair in pairs], int).reshape(-1, 2).T
-    return csgraph.connected_components(coo_array((np.ones(len(i)), (i, j)), shape=(n, n)), directed=False)[1]

@@ -57,17 +57,13 @@ def choose_thresholds(y_true, y_score):
     tp, fp = (part.sum() - np.searchsorted(np.sort(score[part]), candidates) for part in (truth, ~truth))
     best = np.argmax(tp * (~truth).sum() - fp * truth.sum())
     return {"half": 0.5, "youden": float(candidates[best]),
-            "sensitivity_95": _highest_reaching(score[truth], 0.95)}
+            "sensitivity_95": threshold_for_sensitivity(truth, score, 0.95)}
 
 
 def threshold_for_sensitivity(y_true, y_score, sensitivity):
     """Return the highest observed score that calls at least this share of the abnormal images abnormal."""
     truth, score = check(y_true, round_scores(y_score))
-    return _highest_reaching(score[truth], sensitivity)
-
-
-def _highest_reaching(abnormal_scores, sensitivity):
-    ordered = np.sort(abnormal_scores)
+    ordered = np.sort(score[truth])
     return float(ordered[int(np.floor((1 - sensitivity) * ordered.size + 1e-9))])
 
 
@@ -97,12 +93,12 @@ def net_benefit(y_true, probability, thresholds):
     return (called & truth).mean(1) - (called & ~truth).mean(1) * thresholds / (1 - thresholds)
 
 
-def anomaly_threshold(normal_scores, quantile=0.95):
-    """Return the quantile of the scores of normal validation images: no abnormal image is needed to choose it."""
+def anomaly_threshold(normal_scores):
+    """Return the 95th percentile of the scores of normal validation images; no abnormal image is needed for it."""
     scores = round_scores(normal_scores)
     if scores.size == 0 or not np.isfinite(scores).all():
         raise ValueError("normal_scores is empty or holds NaN: give the scores of the normal validation images.")
-    return float(np.quantile(scores, quantile))
+    return float(np.quantile(scores, 0.95))
 
 
 def ranking(truth, score, weight):
@@ -281,7 +277,8 @@ def record_metrics(frame, *, purpose="classify", num_resamples=1000, seed=0):
     Returns:
         `metrics[split][name]` = `{"value", "low", "high", "n"}` (None where undefined) for `val`, `val_shifted`, `test`
         and `test_official` (test with its duplicates: AUC and accuracies); `thresholds`; `calibration` (of `classify`
-        only: temperature from val, numbers on test). A validation split of one class gives no metrics.
+        only: temperature from val, numbers on test). Of anomaly scores the validation images may all be normal: they
+        then give no metrics.
     """
     frame = frame.assign(y_score=round_scores(frame["y_score"]))
     thresholds, probability, blocks = frame_thresholds(frame, purpose), _is_probability(frame, purpose), {}

@@ -5,7 +5,6 @@ with its weights held fixed, so that one optimizer serves both. Images are uint8
 """
 
 import pathlib
-import tempfile
 import time
 
 import keras
@@ -14,6 +13,7 @@ from keras import layers, ops
 from sklearn import metrics, neighbors
 
 from cxr.backup import back_up, restore, save_atomic, spent
+from cxr.data import cache_folder
 from cxr.device import compiled_once, copy_state, outputs
 from cxr.fitting import Batches
 from cxr.objective import Adam
@@ -213,7 +213,7 @@ def fit(model, images, *, epochs, seed, folder, batch_size=64, learning_rate=2e-
         raise ValueError("A GAN needs at least two real images; got one, of which it could only make copies.")
     if images.std((1, 2)).max() < 1:
         raise ValueError("All images are constant: there is nothing to draw. Check how they were decoded.")
-    _check_writable(folder)
+    cache_folder(folder)
     codes = np.random.default_rng(seed).normal(size=(16, LATENT)).astype("float32")
     progress = _Progress(folder, every, codes)
     batches = Batches(images, np.zeros(len(images)), batch_size, seed)
@@ -231,19 +231,10 @@ def fit(model, images, *, epochs, seed, folder, batch_size=64, learning_rate=2e-
     return progress.history, np.stack(progress.film)
 
 
-def _check_writable(folder):
-    try:
-        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise PermissionError(f"{folder}: samples and backups cannot be written there ({error.strerror}). Expected a "
-                              "writable folder; mend its permissions, or free space on the disk.") from error
-
-
-def _settle(generator, codes, passes=20):
+def _settle(generator, codes):
     """Let batch normalisation meet the averaged weights, whose statistics it has never seen."""
     rng = np.random.default_rng(0)
-    for _ in range(passes):
+    for _ in range(20):
         generator(rng.normal(size=(64, codes.shape[1])).astype("float32"), training=True)
 
 

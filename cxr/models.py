@@ -49,9 +49,9 @@ def image_input(image_size, augmentation, channels=1):
     return inputs, layers.Concatenate()([x] * channels) if channels > 1 else x
 
 
-def classifier(inputs, x, name, num_classes=1):
+def classifier(inputs, x, name):
     """Return the model that ends in `logit` and a sigmoid."""
-    logit = layers.Dense(num_classes, name="logit", dtype="float32")(x)
+    logit = layers.Dense(1, name="logit", dtype="float32")(x)
     return keras.Model(inputs, layers.Activation("sigmoid", dtype="float32", name="probability")(logit), name=name)
 
 
@@ -92,13 +92,13 @@ def s4_cnn(image_size=128, augmentation=()):
     return classifier(inputs, x, "s4_cnn")
 
 
-def _conv(x, filters, kernel=3, strides=1, activation=True, momentum=0.9):
+def _conv(x, filters, kernel=3, strides=1, activation=True):
     """Return convolution, batch normalisation and (unless told otherwise) ReLU.
 
     Keras's momentum of 0.99 lags hundreds of steps behind the weights, more than an epoch of a set this small has.
     """
     x = layers.Conv2D(filters, kernel, strides, padding="same", use_bias=False, kernel_initializer="he_normal")(x)
-    x = layers.BatchNormalization(momentum=momentum)(x)
+    x = layers.BatchNormalization(momentum=0.9)(x)
     return layers.ReLU()(x) if activation else x
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from keras import layers
 
 from cxr import augment, models
+from cxr.backup import save_atomic
 from cxr.device import blueprint, in_windows
 
 STRATEGIES = ("frozen", "partial", "full")
@@ -187,14 +188,13 @@ def _store(body, images, path):
     if wanted > 0.9 * free:
         raise OSError(f"The activations need {wanted / 1e9:.1f} GB in {path.parent} and {free / 1e9:.1f} GB are free. "
                       "Make room, take smaller images, or train with augmentation, which stores nothing.")
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        stored = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+
+    def write(place):
+        stored = np.lib.format.open_memmap(place, "w+", dtype, shape)
         progress = keras.utils.Progbar(len(images), unit_name="image")
         for window, found in in_windows(body, images[..., None]):
             stored[window] = found
             progress.update(window.stop)
         stored.flush()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    save_atomic(write, path)

@@ -103,18 +103,6 @@ def test_exact_groups_hold_every_copy_once(pictures):
     assert sum(len(group) - 1 for group in groups) == len(pictures) - len(set(pictures))
 
 
-@hypothesis.given(st.integers(1, 12), st.data())
-def test_groups_tie_what_pairs_tie(n, draw):
-    number = st.integers(0, n - 1)
-    pairs = draw.draw(st.lists(st.tuples(number, number, st.just(0.9)), max_size=15))
-    group = list(range(n))
-    for _, (i, j, _) in itertools.product(range(n), pairs):
-        group[i] = group[j] = min(group[i], group[j])
-    got = dedup.groups(pairs, n)
-    assert got.shape == (n,)
-    assert all((got[i] == got[j]) == (group[i] == group[j]) for i in range(n) for j in range(n))
-
-
 def test_same_pixels_in_other_bytes_are_exact_duplicates_by_pixels_only(tmp_path):
     for split, label in itertools.product(("train", "test"), ("NORMAL", "PNEUMONIA")):
         (tmp_path / "set" / split / label).mkdir(parents=True)
