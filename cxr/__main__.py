@@ -114,6 +114,9 @@ def _evaluate(source, model, out):
     for name in ("auc", *(f"{metric}@{about['threshold']}" for metric in ("accuracy", "sensitivity", "specificity"))):
         found = record["metrics"][name]
         print(f"{name}: {found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f}), n = {found['n']}")
+    left_out = {name: record["data"][name] for name in ("unreadable", "ignored", "dropped") if record["data"][name]}
+    if left_out:
+        print(f"left out: {_dumps(left_out).strip()}")
     print(f"{out}/{record['run_id']}.json")
     return 0
 

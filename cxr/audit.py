@@ -25,9 +25,10 @@ def audit(manifest, *, cache_dir=None):
         split, images by label); `unreadable` (list of `image_id, path, reason`); `duplicates` (by split the redundant
         files after the first, then pictures that stand in several splits and pictures with two labels);
         `near_duplicates` (`pairs` as `[image_id, image_id, correlation]`, and how many join two splits or two
-        patients; `None` below 112 px); `patients_across_splits` (train and test, under both keys); `trivial_auc` (of
-        a split, AUC against *not normal* by score); `checks` (dicts of `check`, `finding` and `verdict`: OK, WARN or
-        FAIL).
+        patients; `too_small`, how many images below 112 px were not looked at; `None` where all are);
+        `nameless` (images whose name tells no patient); `patients_across_splits` (train and test, under both keys);
+        `trivial_auc` (of a split, AUC against *not normal* by score); `checks` (dicts of `check`, `finding` and
+        `verdict`: OK, WARN or FAIL).
     """
     labelled = manifest[manifest["label"].ne("")]
     found = {key: manifest.attrs[key] for key in ("source", "synthetic", "root", "ignored", "counts", "unreadable")}
@@ -36,7 +37,8 @@ def audit(manifest, *, cache_dir=None):
         "images": _by_split(manifest, len),
         "classes": _by_split(labelled, lambda part: part["label"].value_counts().sort_index().to_dict()),
         "duplicates": _duplicates(manifest),
-        "near_duplicates": _near_duplicates(manifest, cache_dir),
+        "near_duplicates": near_duplicates(manifest, cache_dir),
+        "nameless": int(manifest["patient_id"].str.startswith("file/").sum()),
         "patients": _by_split(manifest, lambda part: part["patient_id"].nunique()),
         "patients_across_splits": {key: shared[key] for key in ("by_etiology_and_number", "by_number")},
         "trivial_auc": _by_split(labelled, _trivial_auc),
@@ -56,12 +58,14 @@ def _duplicates(manifest):
             "across_splits": int(splits_of_picture.gt(1).sum()), "label_conflicts": len(splits.conflicts(manifest))}
 
 
-def _near_duplicates(manifest, cache_dir):
-    """Return the verified near duplicates, kept in the cache under the content that they were found in."""
+def near_duplicates(manifest, cache_dir):
+    """Return that entry of `audit`, kept in the cache under the content that it was found in."""
     counts_most = manifest.sort_values("split", key=lambda split: split.eq("pred"), kind="stable")  # what pred copies
     unique = counts_most.drop_duplicates("pixel_sha256").sort_index().reset_index(drop=True)
-    if unique[["height", "width"]].to_numpy().min() < dedup.SIDE:
+    seen = unique[unique[["height", "width"]].min(axis=1) >= dedup.SIDE]
+    if len(seen) < 2:
         return None
+    too_small, unique = len(unique) - len(seen), seen.reset_index(drop=True)
     key = records.canonical_sha256([decode.VERSION, dedup.VERSION, unique["pixel_sha256"].tolist()])[:24]
     path = data.cache_folder(cache_dir) / f"near-{key}.json"
     if (pairs := data.read_cached(path)) is None:
@@ -71,7 +75,7 @@ def _near_duplicates(manifest, cache_dir):
     image, split, patient = (unique[name].to_numpy() for name in ("image_id", "split", "patient_id"))
     apart = (split[i] != split[j]) & (split[i] != "pred") & (split[j] != "pred")
     return {"pairs": [[image[a], image[b], round(score, 3)] for a, b, score in pairs],
-            "across_splits": int(apart.sum()),
+            "too_small": too_small, "across_splits": int(apart.sum()),
             "across_patients": int((patient[i] != patient[j]).sum())}
 
 
@@ -107,12 +111,16 @@ def _checks(found):
     if near is None:
         yield "near duplicates", "WARN", f"not looked for: there are images below {dedup.SIDE} px"
     else:
-        yield ("near duplicates", "FAIL" if near["across_splits"] else verdict(near["pairs"]),
+        yield ("near duplicates", "FAIL" if near["across_splits"] else verdict(near["pairs"] or near["too_small"]),
                f"pairs: {len(near['pairs'])}, across splits: {near['across_splits']}, "
-               f"across patients: {near['across_patients']}")
+               f"across patients: {near['across_patients']}"
+               + f"; not looked at: {near['too_small']} below {dedup.SIDE} px" * bool(near["too_small"]))
     patients, numbers = found["patients_across_splits"].values()
     yield "patients in train and test", verdict(patients, "FAIL"), f"{patients} (of {_listed(found['patients'])})"
     yield "… by number alone", verdict(numbers), f"{numbers}"
+    if found["nameless"]:
+        yield ("names that tell the patient", "WARN",
+               f"not of {found['nameless']:,} images; each of them counts as a patient of its own")
     yield from _shortcuts(found["trivial_auc"], verdict)
     if "val" in images:
         tiny = images["val"] < TINY

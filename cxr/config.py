@@ -5,8 +5,8 @@ import pathlib
 
 import numpy as np
 
+from cxr import audit, records, splits
 from cxr import data as loader
-from cxr import records, splits
 from cxr.sources import root
 
 
@@ -63,6 +63,8 @@ def start(notebook, *, profile="smoke", data="phantom", seed=0, num_seeds=None, 
           needs=None):
     """Seed NumPy and Keras, resolve and split the data, and return the `records.Run` of this notebook.
 
+    Near duplicates (`cxr.audit`) are films of one patient to the split, whatever they are called.
+
     Args:
         notebook: name without suffix; records and figures carry it.
         profile: `smoke` or `full`.
@@ -87,9 +89,11 @@ def start(notebook, *, profile="smoke", data="phantom", seed=0, num_seeds=None, 
     if needs and needs not in set(official["label"]):
         raise ValueError(f"{data} has no images of {needs}, which {notebook} needs. Join a folder that has, such as "
                          f"DATA={data}:path/to/{needs.lower()}.")
+    near = audit.near_duplicates(official, cache) or {"pairs": []}
+    one_film = splits.tie(official, [pair[:2] for pair in near["pairs"]])
     assign = splits.assign if official["split"].eq("test").any() else splits.assign_pooled
     counts = [num_seeds or count for count in (chosen.num_seeds, chosen.num_grid_seeds)]
     run = records.Run(notebook, chosen, run_directory(profile, data), cache, official,
-                       assign(official, seed=0), *(list(range(seed, seed + count)) for count in counts))
+                       assign(one_film, seed=0), *(list(range(seed, seed + count)) for count in counts))
     run.set_aside_stale()
     return run

@@ -148,6 +148,8 @@ def _reader(paths):
     def read(path):
         if ".npz::" not in path:
             about = os.stat(path)
+            if stat.S_ISDIR(about.st_mode):
+                raise ValueError("a folder that cannot be opened, with all that it holds")
             if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_BYTES:
                 raise ValueError(f"not a regular file of at most {MAX_BYTES >> 20} MiB")
             return pathlib.Path(path).read_bytes()

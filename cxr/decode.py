@@ -12,10 +12,11 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-VERSION = "v2"  # part of every cache key: raise it when a pixel or a fact comes out differently
+VERSION = "v3"  # part of every cache key: raise it when a pixel or a fact comes out differently
 MAX_PIXELS = 80_000_000  # five times the largest detector: a header that says more is a bomb, or no radiograph
 _END = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-_REDUCED = {1: cv2.IMREAD_GRAYSCALE, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4}
+_REDUCED = {1: cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+            4: cv2.IMREAD_REDUCED_GRAYSCALE_4}
 _ROOM = 1.25  # at this many pixels for one, a reduced JPEG ends within a grey level of the full one, on average
 
 
@@ -47,7 +48,7 @@ def decode(content, *, size=None):
         factor = 4 if room >= 4 else 2 if room >= 2 else 1
         pixels = cv2.imdecode(np.frombuffer(content, np.uint8), _REDUCED[factor])
         if pixels is not None:
-            return pixels
+            return pixels if pixels.dtype == np.uint8 else _of_detector(pixels)
     try:
         return _pillow(image)
     except MemoryError:  # the machine's fault, not the file's: no image is left out for it
@@ -62,19 +63,27 @@ def _check_pixels(width, height):
 
 
 def _pillow(image):
+    white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0  # Pillow turns 8 bits by itself, not 16
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range, save as 8 or 16 bit")
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float32)
-        return _to_uint8(values, 0, 65535 if values.max() > 4095 else 4095)
+        grey = _of_detector(np.asarray(image))
+        return 255 - grey if white_is_zero else grey
     image.info.pop("transparency", None)  # or Pillow warns about what is ignored on purpose
     return np.asarray(image.convert("L"))
 
 
+def _of_detector(values):
+    """Return the 8 bits of 16, of which perhaps 12 are used."""
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"grey levels from {values.min()} to {values.max()}, expected 16 bits: save as 8 or 16 bit")
+    return _to_uint8(values.astype(np.float32), 0, 65535 if values.max() > 4095 else 4095)
+
+
 def _to_uint8(values, low, high):
-    if not np.isfinite([low, high]).all() or low == high:
-        raise ValueError(f"grey levels from {low} to {high}")
+    if not np.isfinite([low, high]).all() or low == high or np.isnan(values).any():
+        raise ValueError(f"grey levels from {low} to {high}, of which {np.isnan(values).sum()} are not numbers")
     return np.clip(np.rint((values - low) * (255 / (high - low))), 0, 255).astype(np.uint8)
 
 
@@ -113,8 +122,9 @@ def _present(dataset, stored):
     ends = np.array([-half, half - 1]) if dataset.PixelRepresentation else np.array([0, 2 * half - 1])
     low, high = ends * float(dataset.get("RescaleSlope") or 1) + float(dataset.get("RescaleIntercept") or 0)
     values = pixels.apply_voi_lut(pixels.apply_modality_lut(stored, dataset), dataset)
-    if "VOILUTSequence" in dataset:
-        low, high = 0, 2 ** int(dataset.VOILUTSequence[0].LUTDescriptor[2]) - 1
+    tables = [name for name in ("VOILUTSequence", "ModalityLUTSequence") if name in dataset]
+    if tables:  # the last one applied says what its values can be
+        low, high = 0, 2 ** int(dataset[tables[0]].value[0].LUTDescriptor[2]) - 1
     elif "WindowCenter" not in dataset:  # a negative slope has swapped the ends, and a window is turned by pydicom
         low, high = sorted((low, high))
     grey = _to_uint8(values, low, high)

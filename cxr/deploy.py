@@ -12,6 +12,7 @@ from cxr.backup import save_atomic
 from cxr.device import outputs
 
 THRESHOLD = "sensitivity_95_shifted"
+SHORT = 12  # hexadecimal digits that tell a picture from others
 SIDE = 32  # of the mean image: enough to know a chest from a hand, too little to know a patient
 
 
@@ -43,6 +44,7 @@ def export(run, record, folder):
              "synthetic": record["data"]["synthetic"], "image_size": size, "thresholds": record["thresholds"],
              "threshold": THRESHOLD, "temperature": record["calibration"]["temperature"],
              "ece": record["calibration"]["ece_calibrated"], "known": known,
+             "seen": sorted({digest[:SHORT] for digest in run.manifest["pixel_sha256"].iloc[rows]}),
              "test": {name: record["metrics"]["test"][name] for name in
                       ("auc", *(f"{metric}@{THRESHOLD}" for metric in ("sensitivity", "specificity", "ppv")))}}
     path = pathlib.Path(folder) / f"{record['run_id']}.keras"

@@ -195,9 +195,13 @@ def localisation(heat, masks):
 
 
 def agreement(heat, other):
-    """Return the rank correlation of each map with another of the same image: float `(n,)`, 0 where one is blank."""
+    """Return the rank correlation of each map with another of the same image, float `(n,)`.
+
+    It is 0 where the other is blank, and NaN where the map itself is: of nothing it cannot be told what it depends on.
+    """
     pairs = zip(heat.reshape(len(heat), -1), other.reshape(len(other), -1), strict=True)
-    return np.array([stats.spearmanr(a, b).statistic if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0 for a, b in pairs])
+    return np.array([np.nan if np.ptp(one) == 0 else stats.spearmanr(one, two).statistic if np.ptp(two) > 0 else 0.0
+                     for one, two in pairs])
 
 
 def faithfulness(model, images, heat, *, steps=8):
@@ -251,15 +255,16 @@ def checks(heat, images, *, model=None, random_weights=None, random_labels=None,
         lungs: bool masks: share of the map inside, over the share of the image that they cover.
         lesions: bool masks: average precision of the pixels, over that of a blob in the middle of the image.
 
-    Margins pass where their mean lies two standard errors above 0.
+    Margins pass where their mean lies two standard errors above 0. Maps that are all blank pass no randomisation.
 
     Source: Adebayo et al. 2018 (randomisation); Arun et al. 2021 (criteria for chest X-rays).
     """
     found = {}
     for name, other in (("random weights", random_weights), ("random labels", random_labels), ("another seed", again)):
         if other is not None:
-            value = float(agreement(heat, other).mean())
-            found[name] = value, (value >= ALIKE) == (name == "another seed")
+            alike = agreement(heat, other)
+            value = float(alike[~np.isnan(alike)].mean()) if (np.ptp(heat, axis=(1, 2)) > 0).any() else np.nan
+            found[name] = value, value >= ALIKE if name == "another seed" else value < ALIKE
     if model is not None:
         ours, noise = (faithfulness(model, images, maps) for maps in (heat, smooth_noise(images)))
         found["deletion"], found["insertion"] = _margin(noise[0] - ours[0]), _margin(ours[1] - noise[1])

@@ -1,6 +1,7 @@
 """Lung fields: outlined by hand for a part of the images, by a small U-Net for the rest."""
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 
@@ -67,7 +68,8 @@ def network(run, size, epochs, seed=0, *, normals_only=False):
     some = run.manifest.iloc[rows]
     known = ((some["split"] == "train") & (~np.bool_(normals_only) | (some["label"] == "NORMAL"))).to_numpy()
     shared = dataclasses.replace(run, notebook="lungs")  # every notebook loads the same
-    return anomaly.trained(shared, f"{size}-{epochs}{'-normals' * normals_only}", seed,
+    learnt = hashlib.sha256(masks[known].tobytes()).hexdigest()[:8]  # outlines may be added, or mended
+    return anomaly.trained(shared, f"{size}-{epochs}{'-normals' * normals_only}-{learnt}", seed,
                            lambda: autoencoder.segmenter(size, augment.exposure_and_sharpness()),
                            lambda model, _: autoencoder.fit(model, run.images(size)[rows[known]], masks[known],
                                                             epochs=epochs, seed=seed))

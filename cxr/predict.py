@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ import pandas as pd
 import PIL.Image
 import tqdm
 
-from cxr import data, decode, deploy, evaluate, explain, pages, records, train
+from cxr import data, decode, deploy, evaluate, explain, pages, records, sources, splits, train
 from cxr.device import predict
 
 COLUMNS = ["file", "sha256", "probability", "calibrated_probability", "decision", "out_of_distribution", "warnings",
@@ -25,34 +26,39 @@ CHUNK = 64
 
 
 def find_files(paths, out=None):
-    """Return the files to score, sorted: those given, and every visible file below the folders given, `out` left aside.
+    """Return the files to score, sorted: those given, and every visible file below the folders given.
+
+    What an earlier call has written into `out` is left aside.
 
     Raises:
         FileNotFoundError: a path that does not exist, or nothing to score.
     """
-    found = []
+    found, ours = [], ("heatmaps", "index.html", "predictions.csv", "run.json") if out else ()
+    written = {pathlib.Path(out, name).resolve() for name in ours}
     for path in map(pathlib.Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist. Give images (JPEG, PNG, DICOM …) or folders of them.")
         inside = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        found += [file for file in inside if path == file or not any(part.startswith(".") for part in
-                                                                     file.relative_to(path).parts)]
-    if out:
-        found = [file for file in found if pathlib.Path(out).resolve() not in file.resolve().parents]
+        found += [file for file in inside if path == file or not (
+            any(part.startswith(".") for part in file.relative_to(path).parts)
+            or written & {file.resolve(), file.resolve().parent})]
     if not found:
         raise FileNotFoundError(f"{', '.join(map(str, paths))}: no files in there.")
     return list(dict.fromkeys(found))
 
 
-def _read(file):
-    """Return `(bytes' SHA-256, grey pixels, warnings)` of one file, or raise `ValueError` with the reason."""
+def _read(file, size):
+    """Return `(bytes' SHA-256, grey pixels, warnings)` of one file, or raise `ValueError` with the reason.
+
+    It is decoded for `size` px, as the images were that the network learnt from.
+    """
     if file.stat().st_size > data.MAX_BYTES:
         raise ValueError(f"larger than {data.MAX_BYTES >> 20} MiB")
     content = file.read_bytes()
     if zipfile.is_zipfile(io.BytesIO(content)):
         raise ValueError("an archive: unpack it and give the folder")
     with data.memory_for(file):
-        pixels, warnings = decode.decode(content), []
+        pixels, warnings = decode.decode(content, size=size), []
     if min(pixels.shape) < 16:
         raise ValueError(f"{pixels.shape[1]} x {pixels.shape[0]} pixels: too small for an X-ray")
     if content[128:132] == b"DICM":
@@ -72,7 +78,10 @@ def _dicom_warnings(content):
     import pydicom
 
     dataset = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True)
-    part, view = str(dataset.get("BodyPartExamined") or "").upper(), str(dataset.get("ViewPosition") or "").upper()
+    try:
+        part, view = (str(dataset.get(name) or "").upper() for name in ("BodyPartExamined", "ViewPosition"))
+    except Exception as error:  # a damaged header makes pydicom raise nearly anything
+        raise ValueError(f"unreadable DICOM: {error}") from error
     return ([f"the file says {part}, not CHEST"] if part and "CHEST" not in part and "THORAX" not in part else []) + (
         [f"the file says view {view}: not frontal"] if view and view not in ("AP", "PA") else [])
 
@@ -91,6 +100,8 @@ def _picture_warnings(image, pixels, distance, about):
             found.append(f"rotated by {90 * int(np.argmax(turns))} degrees?")
         else:
             found.append("not a frontal chest X-ray")
+    elif max(turns[1:]) > turns[0] + 0.05:  # upside down a chest still looks like one, only less
+        found.append(f"rotated by {90 * int(np.argmax(turns))} degrees?")
     if min(pixels.shape) < about["image_size"]:
         found.append(f"smaller than the {about['image_size']} px it was trained on")
     if distance > known["largest_distance"] and not found:
@@ -119,28 +130,29 @@ def score_files(files, model, about, out):
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 2) as pool:
         for start in tqdm.tqdm(range(0, len(files), CHUNK), "predict", unit=f" x {CHUNK} files", delay=3):
             part = files[start:start + CHUNK]
-            rows += _score_chunk(part, list(pool.map(_attempt, part)), model, about, out, done)
-            ahead = set(map(str, files[start + CHUNK:])) if done else ()
+            read = list(pool.map(functools.partial(_attempt, size=about["image_size"]), part))
+            rows += _score_chunk(part, read, model, about, out, done)
+            ahead = {sources.printable(file) for file in files[start + CHUNK:]} if done else ()
             later = [row for (file, _), row in done.items() if file in ahead]
             _write_table(rows + later, about, out)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _attempt(file):
+def _attempt(file, size):
     try:
-        return _read(file)
+        return _read(file, size)
     except (ValueError, OSError, ImportError) as error:
         return str(error)
 
 
 def _score_chunk(files, found, model, about, out, done):
-    rows = [dict.fromkeys(COLUMNS, "") | {"file": str(file)} for file in files]
+    rows = [dict.fromkeys(COLUMNS, "") | {"file": sources.printable(file)} for file in files]
     fresh = []
     for index, seen in enumerate(found):
         if isinstance(seen, str):
             rows[index]["error"] = seen
-        elif (str(files[index]), seen[0]) in done:
-            rows[index] = done[str(files[index]), seen[0]]
+        elif (rows[index]["file"], seen[0]) in done:
+            rows[index] = done[rows[index]["file"], seen[0]]
         else:
             fresh.append(index)
     if not fresh:
@@ -216,11 +228,17 @@ def write_page(table, about, out):
         called=sum(row["decision"] == "pneumonia" for row in rows), cut=about["thresholds"][about["threshold"]])
 
 
+def _names(source, root=""):
+    """Return what the sets of a manifest are called, and those that they were made from."""
+    names = {*source.split("+"), *(pathlib.Path(folder).name for folder in root.split(os.pathsep) if folder)}
+    return names | {sources.SOURCES[name]["of"] for name in names if "of" in sources.SOURCES.get(name, {})}
+
+
 def external(source, model, about, out, *, cache_dir=None):
     """Score a labelled set with a model and its frozen thresholds, as a user with their own hospital's folder would.
 
     Args:
-        source: as of `data.load_manifest`; all its splits are pooled, exact copies dropped.
+        source: as of `data.load_manifest`; its splits are pooled, exact copies and pictures with two labels dropped.
         model, about: of `deploy.load`.
         out: folder of `<run_id>-on-<source>.json` and its predictions.
 
@@ -228,13 +246,19 @@ def external(source, model, about, out, *, cache_dir=None):
         The record: metrics with intervals over patients at the thresholds that came with the model.
 
     Raises:
-        ValueError: one class only, or a set of the name of one that the model was trained on.
+        ValueError: one class only, or what the model was trained on: a set of that name or made from it, or pictures
+            of its training and validation.
     """
     manifest = data.load_manifest(source, cache_dir=cache_dir)
-    manifest = manifest[manifest["label"] != ""].drop_duplicates("pixel_sha256")
-    if set(manifest.attrs["source"].split("+")) & set(about["source"].split("+")):
-        raise ValueError(f"{source} is the set that {about['run_id']} was trained on; its record holds its test. "
-                         "Give another set.")
+    labelled = manifest[manifest["label"] != ""]
+    manifest = labelled[~labelled["pixel_sha256"].isin(splits.conflicts(labelled))].drop_duplicates("pixel_sha256")
+    if _names(manifest.attrs["source"], manifest.attrs["root"]) & _names(about["source"]):
+        raise ValueError(f"{source} is, by its name, the set that {about['run_id']} was trained on, whose record holds "
+                         "its test. Give another set, or call its folder by another name.")
+    seen = int(manifest["pixel_sha256"].str[:deploy.SHORT].isin(about.get("seen", ())).sum())
+    if seen:
+        raise ValueError(f"{source}: {about['run_id']} has learnt from {seen:,} of its {len(manifest):,} pictures. "
+                         "Take them out, or give another set.")
     images = data.load_images(manifest, about["image_size"], cache_dir=cache_dir)
     table = manifest[["image_id", "patient_id"]].assign(split="test", y_true=train.labels_of(manifest),
                                                         y_score=evaluate.round_scores(predict(model, images)))
@@ -246,6 +270,8 @@ def external(source, model, about, out, *, cache_dir=None):
     record = {"schema": 1, "run_id": name, "model": about["run_id"], "trained_on": about["source"],
               "data": {"source": manifest.attrs["source"], "synthetic": bool(manifest.attrs["synthetic"]),
                        "num_images": len(table), "num_patients": int(table["patient_id"].nunique()),
+                       "dropped": len(labelled) - len(table), "ignored": manifest.attrs["ignored"],
+                       "unreadable": [bad["image_id"] for bad in manifest.attrs["unreadable"]],
                        "labels": manifest["label"].value_counts().to_dict()},
               "thresholds": about["thresholds"], "environment": records.environment(),
               "metrics": evaluate.as_json(found),

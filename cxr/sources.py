@@ -1,14 +1,14 @@
 """Where image sets come from: the data card in code, downloads, and the folder layouts that the five studies used."""
 
-import contextlib
 import hashlib
 import inspect
 import os
 import pathlib
+import stat
 
 import numpy as np
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".dcm", ".dicom"}
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".dcm", ".dicom"}
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "pred": "pred"}
 LABELS = {"normal": "NORMAL", "pneumonia": "PNEUMONIA", "covid19": "COVID19", "covid-19": "COVID19", "covid": "COVID19"}
 LAYOUT = "train|val|test/NORMAL|PNEUMONIA|COVID19/<images>, pred/<images>, or the class folders alone"
@@ -27,7 +27,8 @@ SOURCES = {
         "licence": "CC BY 4.0", "citation": "COVID-CXNet, Haghanifar et al. 2020, doi:10.6084/m9.figshare.12580328",
         "url": "https://doi.org/10.6084/m9.figshare.12580328", "counts": {"train": {"COVID19": 865}}},
     "pneumoniamnist": {
-        "licence": "CC BY 4.0", "citation": "MedMNIST v2, Yang et al. 2023, doi:10.1038/s41597-022-01721-8",
+        "of": "chest_xray", "licence": "CC BY 4.0",
+        "citation": "MedMNIST v2, Yang et al. 2023, doi:10.1038/s41597-022-01721-8",
         "url": "https://zenodo.org/records/10519652/files/pneumoniamnist.npz",
         "md5": "28209eda62fecd6e6a2d98b1501bb15f",
         "counts": {"train": {"NORMAL": 1214, "PNEUMONIA": 3494}, "val": {"NORMAL": 135, "PNEUMONIA": 389},
@@ -84,8 +85,8 @@ def _folder(folder):
     if len(tops) != 1:
         what = f"{len(tops)} sets ({', '.join(top.name for top in tops)})" if tops else "no split or class folder"
         raise FileNotFoundError(f"{folder} holds {what}. Expected {LAYOUT}; name one set, or join two with ':'.")
-    files, ignored = [], {}
-    for here, folders, names in os.walk(tops[0], followlinks=True):
+    files, ignored, closed = [], {}, []
+    for here, folders, names in os.walk(tops[0], followlinks=True, onerror=lambda error: closed.append(error.filename)):
         folders[:] = sorted(filter(_wanted, folders))
         parts = pathlib.Path(here).relative_to(tops[0]).parts
         lower = [part.lower() for part in parts]
@@ -93,9 +94,10 @@ def _folder(folder):
         label = next((LABELS[part] for part in lower if part in LABELS), "")
         images = [name for name in filter(_wanted, names) if _is_image(pathlib.Path(here, name))]
         if lower and (lower[0] in SPLITS or lower[0] in LABELS):
-            files += [("/".join([*parts, name]), os.path.join(here, name), split, label) for name in images]
+            files += [(printable("/".join([*parts, name])), os.path.join(here, name), split, label) for name in images]
         elif images:
             ignored["/".join(parts) or "."] = len(images)
+    files += [(printable(os.path.relpath(path, tops[0])), path, "pred", "") for path in closed]  # so that it is named
     if not files:
         raise FileNotFoundError(f"{folder}: its folders hold no images. Expected {LAYOUT}; copy the set again.")
     return files, {"source": folder.name, "root": str(tops[0]), "ignored": ignored, "strict": False,
@@ -115,12 +117,21 @@ def _wanted(name):
     return not name.startswith(".") and name.lower() not in JUNK
 
 
+def printable(name):
+    """Return a file's name as UTF-8 can hold it: one from an old disk or archive may be in no known encoding."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def _is_image(path):
-    if path.suffix:
-        return path.suffix.lower() in SUFFIXES
-    with contextlib.suppress(OSError), open(path, "rb") as file:  # DICOM files often go without a suffix
-        return file.read(132)[128:] == b"DICM"
-    return False
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False
+        with open(path, "rb") as file:  # DICOM files often go without a suffix, or by a number with dots
+            return file.read(132)[128:] == b"DICM"
+    except OSError:  # closed, or a link to nothing: an image for all we know, and named among the unreadable
+        return not path.suffix
 
 
 def _archive(path):

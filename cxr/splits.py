@@ -9,9 +9,10 @@ import re
 
 import numpy as np
 
-_NAME = re.compile(r"person(\d+)_(bacteria|virus)|((?:NORMAL2-)?IM-\d+)|covid-(\d+)", re.IGNORECASE)
+_NAME = re.compile(r"person(\d+)_(bacteria|virus)|((?:NORMAL2-)?IM-\d+)|covid-(\d+)-\d+\.|"
+                   r"(normal|bacteria|virus)-(\d+)-\d+", re.IGNORECASE)
 _BY_LABEL = {"NORMAL": "normal", "COVID19": "covid"}
-_BY_NAME = {"bacteria": "bacterial", "virus": "viral"}
+_BY_NAME = {"bacteria": "bacterial", "virus": "viral", "normal": "normal"}
 
 
 def patient_key(image_id, label=""):
@@ -30,9 +31,9 @@ def patient_key(image_id, label=""):
     etiology = _BY_LABEL.get(label, "unknown")
     if not (found := _NAME.match(image_id.rpartition("/")[2])):
         return f"file/{image_id}", etiology
-    number, cause, normal, covid = found.groups()
-    if number:
-        return f"{_BY_NAME[cause.lower()]}/{number}", _BY_NAME[cause.lower()]
+    number, cause, normal, covid, disease, numbered = found.groups()
+    if cause := cause or disease:
+        return f"{_BY_NAME[cause.lower()]}/{number or numbered}", _BY_NAME[cause.lower()]
     return f"normal/{normal.upper()}" if normal else f"covid/{covid}", etiology
 
 
@@ -64,10 +65,10 @@ def assign(manifest, seed=0, val_fraction=0.12):
     pool = frame[frame["split"].eq("train")]
     frame.loc[pool.index[pool.duplicated("pixel_sha256")], "split"] = "dropped"
     pool = frame[frame["split"].eq("train")]
-    few = pool.groupby("label")["patient_id"].nunique()
+    few = pool.groupby("label")["patient_id"].nunique().reindex(frame.loc[train, "label"].unique(), fill_value=0)
     if len(few) and few.min() < 2:
         raise ValueError(f"{frame.attrs.get('source', 'manifest')}: train has {few.min()} patient of {few.idxmin()}. "
-                         "Expected at least 2, one of them for validation; add images of other patients.")
+                         "Expected at least 2 that are not in test, one of them for validation; add images of others.")
     frame.loc[pool.index[pool["patient_id"].isin(_draw_patients(pool, seed, val_fraction))], "split"] = "val"
     return frame
 

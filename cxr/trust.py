@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from cxr import evaluate, records
+from cxr import deploy, evaluate, records
 from cxr.decode import blurred
 
 ASPECT = 1.37  # width by height of a usual film of this set; files squeezed to a square have lost their own
@@ -119,7 +119,10 @@ def probe(run, record, score, images, *, lungs, threshold):
         lungs: bool masks `(n, size, size)` of all images, as of `lungs.fields`; `None` leaves out the probes of lungs.
         threshold: name of the frozen threshold to follow, such as `sensitivity_95_shifted`.
     """
-    config = record["config"] | {"probed": record["run_id"], "probes": sorted(map(name_of, PROBES))}
+    able = {key: change for key, change in PROBES.items() if lungs is not None or not key[0].startswith("lungs")}
+    config = record["config"] | {"probed": record["run_id"], "probes": sorted(map(name_of, able))}
+    if threshold != deploy.THRESHOLD:  # the usual one is not named: so were the first records made
+        config["threshold"] = threshold
     if found := run.load(run.run_id(record["variant"], config, record["seed"])):
         return found
     start, manifest = time.monotonic(), run.manifest.reset_index(drop=True)
@@ -127,10 +130,9 @@ def probe(run, record, score, images, *, lungs, threshold):
     rows = np.flatnonzero(manifest["split"] == "test")
     original, parts = frame[frame["split"] == "test"].set_index("image_id")[["patient_id", "y_true"]], [frame]
     table = original.loc[manifest["image_id"].iloc[rows]].reset_index()
-    for key, change in PROBES.items():
-        if lungs is not None or not key[0].startswith("lungs"):
-            changed = change(images[rows], None if lungs is None else lungs[rows])
-            parts.append(table.assign(split=name_of(key), y_score=score(changed)))
+    for key, change in able.items():
+        changed = change(images[rows], None if lungs is None else lungs[rows])
+        parts.append(table.assign(split=name_of(key), y_score=score(changed)))
     frame = pd.concat(parts, ignore_index=True).assign(y_score=lambda t: evaluate.round_scores(t["y_score"]))
     cut = record["thresholds"][threshold]
     return run.save(record["variant"], config, record["seed"], frame, threshold=threshold,

@@ -152,6 +152,12 @@ def test_pixel_scores_of_a_perfect_a_blank_and_an_inverted_map():
     perfect, inverted = (anomaly.pixel_scores(heat.astype(float), masks) for heat in (masks, ~masks))
     assert perfect["auroc"] == 1 and perfect["pointing"] == 1 and perfect["aupro"] > 0.95
     assert inverted["auroc"] == 0 and inverted["pointing"] == 0 and inverted["aupro"] < 0.05
+    blank = anomaly.pixel_scores(np.zeros(masks.shape), masks)
+    assert blank["auroc"] == 0.5 and blank["aupro"] == pytest.approx(0.15)
+    noise = np.random.default_rng(0).normal(size=(20, 32, 32)) - 0.8
+    many = np.repeat(masks, 10, axis=0)
+    plain, sparse = (anomaly.pixel_scores(maps, many)["aupro"] for maps in (noise, np.maximum(noise, 0)))
+    assert sparse == pytest.approx(plain, abs=0.03) and 0.1 < plain < 0.2, "zeros find no lesion"
 
 
 def test_distances_grow_away_from_normals_and_blur_is_taken_away():

@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import pytest
 
 from cxr import __main__ as command
-from cxr import audit, data, phantom, splits
+from cxr import audit, config, data, phantom, splits
 
 KNOBS = {"num_train": 60, "num_val": 8, "num_test": 30, "size": 128, "duplicates": 4, "near_duplicates": 3}
 
@@ -26,6 +27,11 @@ def written(tmp_path_factory):
 def copied(written, tmp_path):
     """A copy of the set that a test may change; the cache is shared, for it goes by content."""
     return shutil.copytree(written[0], tmp_path / "set"), written[2]
+
+
+def write(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), image)
 
 
 def examine(folder, cache):
@@ -176,6 +182,32 @@ def test_near_duplicates_are_not_looked_for_in_tiny_images(tmp_path):
     found = examine(tmp_path / "mnist.npz", tmp_path / "cache")
     assert found["near_duplicates"] is None
     assert verdicts(found)["near duplicates"] == "WARN"
+
+
+def test_one_small_image_hides_no_near_duplicate(tmp_path):
+    for number in range(12):
+        film = phantom.render(number, "normal", size=128).image
+        label, split = ("NORMAL", "PNEUMONIA")[number % 2], ("train", "test")[number % 3 == 0]
+        write(tmp_path / "set" / split / label / f"{number}.png", film)
+        if number == 0:
+            write(tmp_path / "set" / "train" / label / "again.png", np.uint8(20 + 0.8 * film))
+    assert audit.exit_code(examine(tmp_path / "set", tmp_path / "cache")) == 1
+    write(tmp_path / "set" / "train" / "NORMAL" / "small.png", phantom.render(99, "normal", size=64).image)
+    found = examine(tmp_path / "set", tmp_path / "cache")
+    assert found["near_duplicates"]["too_small"] == 1 and found["near_duplicates"]["across_splits"] == 1
+    assert audit.exit_code(found) == 1 and "not looked at: 1" in audit.format_table(found)
+    assert verdicts(found)["names that tell the patient"] == "WARN" and found["nameless"] == 14
+
+
+def test_near_duplicates_end_on_one_side_of_the_split(tmp_path, monkeypatch):
+    for number in range(24):
+        film, label = phantom.render(number, "normal", size=128).image, ("NORMAL", "PNEUMONIA")[number % 2]
+        write(tmp_path / "set" / label / f"{number}.png", film)
+        write(tmp_path / "set" / label / f"copy of {number}.png", np.uint8(20 + 0.8 * film))
+    monkeypatch.setattr("cxr.config.root", lambda: tmp_path)
+    split = config.start("02_test", data=str(tmp_path / "set")).manifest.set_index("image_id")["split"]
+    pairs = [(name, name.replace("/", "/copy of ")) for name in split.index if "copy" not in name]
+    assert len(pairs) == 24 and all(split[one] == split[other] for one, other in pairs) and split.nunique() == 3
 
 
 # The command line --------------------------------------------------------------------------------------------------

@@ -55,6 +55,36 @@ def small(tmp_path):
 
 # Layouts -----------------------------------------------------------------------------------------------------------
 
+def test_dicom_named_by_its_uid_jfif_and_names_in_no_encoding_are_read(tmp_path, cache):
+    root = plant(tmp_path / "set", *TWO)
+    (root / "train" / "NORMAL" / "1.2.392.200036.9125.1009").write_bytes(dicom(picture(50), bits=8))
+    (root / "train" / "NORMAL" / "a.jfif").write_bytes(encoded(picture(51), "JPEG"))
+    (root / "train" / "NORMAL" / "notes.csv").write_text("no image")
+    with open(os.fsencode(root / "train" / "NORMAL") + b"/r\xf6ntgen.png", "wb") as file:
+        file.write(encoded(picture(52)))
+    manifest = data.load_manifest(root, cache_dir=cache)
+    assert len(manifest) == len(TWO) + 3 and not manifest.attrs["unreadable"]
+    assert "train/NORMAL/r\\xf6ntgen.png" in set(manifest["image_id"])
+    manifest["image_id"].str.cat().encode()
+    assert data.load_images(manifest, 16, cache_dir=cache).shape[0] == len(manifest)
+
+
+def test_a_folder_that_is_closed_or_gone_is_named(tmp_path, cache, monkeypatch):
+    root = plant(tmp_path / "set", *TWO, "train/NORMAL/closed/9.png")
+    (root / "test" / "NORMAL" / "more").symlink_to(tmp_path / "unmounted")
+    scandir = os.scandir
+
+    def as_a_stranger(path):  # permissions bind nobody where tests run as root
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", as_a_stranger)
+    bad = {one["image_id"]: one["reason"] for one in data.load_manifest(root, cache_dir=cache).attrs["unreadable"]}
+    assert set(bad) == {"train/NORMAL/closed", "test/NORMAL/more"}
+    assert "cannot be opened" in bad["train/NORMAL/closed"] and "No such file" in bad["test/NORMAL/more"]
+
+
 def test_manifest_has_the_promised_columns(small, cache):
     manifest = data.load_manifest(small, cache_dir=cache)
     assert list(manifest.columns) == data.COLUMNS
@@ -349,6 +379,19 @@ def test_jpeg_modes(mode):
     close(encoded(PIL.Image.fromarray(picture()).convert("RGB"), "JPEG", mode=mode, quality=95), picture(), 8)
 
 
+def test_16_bits_of_colour_white_that_is_zero_and_32_bits():
+    wide, twelve = picture().astype(np.uint16) * 257, TWELVE
+    for values in (wide, twelve):
+        close(cv2.imencode(".png", np.stack([values] * 3, -1))[1].tobytes(), picture(), 1)
+    white = PIL.TiffImagePlugin.ImageFileDirectory_v2()
+    white[262] = 0
+    content = bytearray(encoded(PIL.Image.fromarray(65535 - wide), "TIFF", tiffinfo=white))
+    assert PIL.Image.open(io.BytesIO(content)).tag_v2[262] == 0
+    close(bytes(content), picture(), 1)
+    with pytest.raises(ValueError, match="expected 16 bits"):
+        decode.decode(encoded(PIL.Image.fromarray(picture().astype(np.int32) * 100_000), "TIFF"))
+
+
 def test_16_bit_png_keeps_its_range():
     wide = picture().astype(np.uint16) * 257
     close(cv2.imencode(".png", wide)[1].tobytes(), picture(), 0)
@@ -438,6 +481,23 @@ def test_dicom_window():
     np.testing.assert_allclose(wide, picture(), atol=1)
     assert (narrow[picture() < 100] == 0).all()
     assert (narrow[picture() > 160] == 255).all()
+
+
+@pytest.mark.parametrize("tags", [{"WindowCenter": float("nan"), "WindowWidth": 400}, {"RescaleSlope": float("nan")},
+                                  {"WindowCenter": 2048, "WindowWidth": float("nan")}])
+def test_dicom_window_that_is_no_number_is_refused_not_black(tags):
+    with pytest.raises(ValueError, match="not numbers"):
+        decode.decode(dicom(TWELVE, **tags))
+
+
+def test_dicom_modality_table_says_how_bright_its_values_can_be():
+    from pydicom import Dataset
+
+    table = Dataset()
+    table.LUTDescriptor, table.LUTData = [4096, 0, 16], [16 * value for value in range(4096)]
+    table["LUTDescriptor"].VR, table["LUTData"].VR, table.ModalityLUTType = "US", "US", "US"
+    close(dicom(TWELVE, ModalityLUTSequence=[table]), picture(), 1)
+    close(dicom(TWELVE, ModalityLUTSequence=[table], WindowCenter="32768", WindowWidth="65536"), picture(), 1)
 
 
 def test_dicom_lookup_table():

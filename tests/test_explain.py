@@ -94,6 +94,7 @@ def test_agreement_knows_equal_opposite_and_blank_maps():
     np.testing.assert_allclose(explain.agreement(maps, maps), 1)
     np.testing.assert_allclose(explain.agreement(maps, 1 - maps), -1, atol=1e-6)
     assert (explain.agreement(maps, np.zeros_like(maps)) == 0).all()
+    assert np.isnan(explain.agreement(np.zeros_like(maps), maps)).all()
 
 
 def test_checks_tell_a_true_map_from_one_that_ignores_the_model(blobs):
@@ -108,3 +109,5 @@ def test_checks_tell_a_true_map_from_one_that_ignores_the_model(blobs):
     false = explain.checks(blob, images, model=model, random_weights=blob, random_labels=blob, lungs=masks)
     assert not any(false[name][1] for name in ("random weights", "random labels", "mass in lungs")), false
     assert false["deletion"][0] < true["deletion"][0] / 3 and "another seed" not in false
+    blank = explain.checks(0 * blob, images, random_weights=0 * blob, random_labels=blob, again=0 * blob)
+    assert not any(passed for _, passed in blank.values()), "a map that is always the same depends on nothing"

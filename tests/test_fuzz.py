@@ -19,6 +19,7 @@ from tests.test_records import run, scores  # noqa: F401  a fixture
 
 GREY = picture(0, 96, 120)
 WIDE = GREY.astype(np.uint16) * 16
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # what pydicom and Pillow say of damage before they fail
 EXTREMES = [b"\xff\xff\xff\xff", b"\x00\x00\x00\x00", b"\x7f\xff\xff\xff", b"\x80\x00\x00\x00"]
 
 

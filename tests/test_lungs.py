@@ -88,6 +88,14 @@ def test_the_network_outlines_phantoms_that_it_has_not_seen(outlines):
     np.testing.assert_allclose(autoencoder.apply(again, run.images(32)), probability, atol=1e-5)
 
 
+def test_outlines_that_were_mended_are_learnt_anew(outlines, monkeypatch):
+    run, probability = outlines
+    outlined = lungs.outlined
+    monkeypatch.setattr(lungs, "outlined", lambda *about: (outlined(*about)[0], ~outlined(*about)[1]))
+    turned = autoencoder.apply(lungs.network(run, 32, epochs=12, normals_only=True), run.images(32))
+    assert np.corrcoef(turned.ravel(), probability.ravel())[0, 1] < 0
+
+
 def test_a_painted_chest_loses_its_silhouette(outlines):
     run, probability = outlines
     normal = np.flatnonzero(run.manifest["label"] == "NORMAL")

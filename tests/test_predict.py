@@ -1,8 +1,10 @@
 """A model handed on: every file accounted for, odd images flagged, nothing executed, nothing written elsewhere."""
 
 import json
+import os
 import pathlib
 import pickle
+import shutil
 import sys
 import zipfile
 
@@ -13,7 +15,7 @@ import pandas as pd
 import pytest
 
 from cxr import __main__ as cli
-from cxr import config, deploy, models, phantom, predict, train
+from cxr import config, data, deploy, models, phantom, predict, train
 from tests.test_data import dicom
 
 
@@ -44,6 +46,7 @@ def films(lab, tmp_path):
     rng = np.random.default_rng(0)
     odd = {"inverted.png": 255 - film, "rotated.png": np.rot90(film).copy(),
            "noise.png": rng.integers(0, 255, film.shape), "colour.png": rng.integers(0, 255, (*film.shape, 3)),
+           "turned.png": np.rot90(film, 2).copy(),
            "small.png": cv2.resize(film, (40, 40)), "black.png": np.zeros_like(film)}
     for name, image in odd.items():
         cv2.imwrite(str(folder / "more" / name), np.asarray(image, "uint8"))
@@ -62,17 +65,18 @@ def test_every_file_is_accounted_for_and_odd_ones_are_flagged(lab, films, tmp_pa
     assert cli.main(["predict", str(films), "--model", str(path), "--out", str(out)]) == 0
     table = pd.read_csv(out / "predictions.csv", keep_default_na=False).assign(
         name=lambda t: t["file"].map(lambda f: pathlib.Path(f).name)).set_index("name")
-    assert list(table.columns) == predict.COLUMNS and len(table) == 6 + 6 + 4
+    assert list(table.columns) == predict.COLUMNS and len(table) == 6 + 7 + 4
     assert (table["error"] != "").sum() == 4 and "unpack" in table.loc["evil.zip", "error"]
-    assert "16 files: 12 scored, 4 failed" in capsys.readouterr().out
+    assert "17 files: 13 scored, 4 failed" in capsys.readouterr().out
     warnings = table["warnings"]
-    assert "inverted" in warnings["inverted.png"] and "rotated" in warnings["rotated.png"]
+    assert "inverted" in warnings["inverted.png"] and "rotated by" in warnings["rotated.png"]
+    assert "rotated by 180" in warnings["turned.png"]
     assert "colour" in warnings["colour.png"] and "smaller" in warnings["small.png"]
     assert "constant" in warnings["black.png"] and warnings["noise.png"] != ""
     good = table[table.index.str.startswith("good")]
     assert (good["warnings"] == "").sum() >= 5 and set(good["decision"]) <= {"normal", "pneumonia"}
     page = (out / "index.html").read_text()
-    assert page.count("<article") == 16 and page.count("data:image/jpeg") == 12 and "not diagnosis" in page
+    assert page.count("<article") == 17 and page.count("data:image/jpeg") == 13 and "not diagnosis" in page
     assert not (tmp_path / "outside.txt").exists() and not (films.parent / "outside.txt").exists()
 
 
@@ -82,7 +86,7 @@ def test_scores_are_those_of_the_model_and_decisions_those_of_its_frozen_thresho
     files = predict.find_files([films / f"good{number}.jpeg" for number in range(6)])
     table = predict.score_files(files, model, about, tmp_path / "out")
     expected = train.predict(train.load_model(run, record), run.images(64)[:6])
-    np.testing.assert_allclose(table["probability"].astype(float), expected, atol=2e-3)  # decoded to the size directly
+    np.testing.assert_allclose(table["probability"].astype(float), expected, atol=1e-5)
     cut = record["thresholds"][deploy.THRESHOLD]
     assert (table["decision"] == np.where(table["probability"].astype(float) >= cut, "pneumonia", "normal")).all()
 
@@ -107,6 +111,39 @@ def test_an_odd_shape_another_model_and_its_own_output_stop_nothing(lab, films, 
     assert not (folder / "predictions" / "predictions.csv").exists(), "one model's rows under another's name"
 
 
+def test_a_large_film_is_seen_as_training_sees_it(lab, tmp_path):
+    model, about = deploy.load(lab[2])
+    film = cv2.resize(phantom.render(5, "normal", size=128).image, (1300, 1100), interpolation=cv2.INTER_CUBIC)
+    noise = np.random.default_rng(0).normal(0, 8, film.shape)
+    for label in ("NORMAL", "PNEUMONIA"):
+        (tmp_path / "big" / label).mkdir(parents=True)
+        grainy = np.clip(film + noise * (label == "NORMAL"), 0, 255)
+        cv2.imwrite(str(tmp_path / "big" / label / "a.jpeg"), np.uint8(grainy))
+    cache = tmp_path / "cache"
+    images = data.load_images(data.load_manifest(tmp_path / "big", cache_dir=cache), 64, cache_dir=cache)
+    table = predict.score_files(predict.find_files([tmp_path / "big"]), model, about, tmp_path / "out")
+    np.testing.assert_allclose(table["probability"].astype(float), train.predict(model, images), atol=1e-5)
+
+
+def test_names_headers_and_folders_that_are_odd_stop_nothing(lab, films, tmp_path, monkeypatch):
+    model, about = deploy.load(lab[2])
+    good = (films / "good0.jpeg").read_bytes()
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    (folder / "good.jpeg").write_bytes(good)
+    with open(os.fsencode(folder) + b"/M\xfcller.jpeg", "wb") as file:
+        file.write(good)
+    content = dicom(phantom.render(1, "normal", size=96).image, bits=8, BodyPartExamined="CHEST")
+    damaged = content.replace(b"\x18\x00\x15\x00CS", b"\x18\x00\x15\x00JS")
+    assert damaged != content
+    (folder / "header.dcm").write_bytes(damaged)
+    for _ in range(2):  # its own output lies in the folder of the films, and is no film
+        table = predict.score_files(predict.find_files([folder], folder), model, about, folder)
+        assert len(table) == 3 and table["error"].ne("").sum() == 1 and "unreadable DICOM" in table["error"].max()
+        predict.write_page(table, about, folder)
+    assert predict.find_files([films / "good0.jpeg"], films) == [films / "good0.jpeg"]
+
+
 def test_a_killed_run_goes_on_without_scoring_again(lab, films, tmp_path, monkeypatch):
     model, about = deploy.load(lab[2])
     files, out = predict.find_files([films]), tmp_path / "out"
@@ -115,7 +152,7 @@ def test_a_killed_run_goes_on_without_scoring_again(lab, films, tmp_path, monkey
     explained = predict.explain.explained
     monkeypatch.setattr(predict.explain, "explained", lambda m, x: scored.append(len(x)) or explained(m, x))
     again = predict.score_files(files, model, about, out)
-    assert sum(scored) == 12 - (first["error"] == "").sum()
+    assert sum(scored) == 13 - (first["error"] == "").sum()
     assert again["probability"].astype(str).tolist()[:5] == first["probability"].astype(str).tolist()
 
 
@@ -165,6 +202,24 @@ def test_an_external_set_is_judged_by_the_frozen_thresholds(lab, tmp_path, capsy
         predict.external(run.manifest.attrs["root"], *deploy.load(path), tmp_path)
     with pytest.raises(ValueError, match="trained on"):
         predict.external(f"{run.manifest.attrs['root']}:{tmp_path / 'elsewhere'}", *deploy.load(path), tmp_path)
+    shutil.copytree(run.manifest.attrs["root"], tmp_path / "archive" / "set")  # as a download is unpacked
+    with pytest.raises(ValueError, match="trained on"):
+        predict.external(tmp_path / "archive", *deploy.load(path), tmp_path)
+    shutil.copytree(run.manifest.attrs["root"], tmp_path / "renamed")
+    with pytest.raises(ValueError, match="has learnt from"):
+        predict.external(tmp_path / "renamed", *deploy.load(path), tmp_path)
+
+
+def test_what_an_external_set_leaves_out_is_told(lab, tmp_path, capsys):
+    phantom.write(tmp_path / "other", num_train=40, num_val=4, num_test=20, size=96, seed=11)
+    films = {label: sorted((tmp_path / "other" / "train" / label).glob("*")) for label in ("NORMAL", "PNEUMONIA")}
+    (tmp_path / "other" / "train" / "PNEUMONIA" / "both.jpeg").write_bytes(films["NORMAL"][0].read_bytes())
+    films["PNEUMONIA"][0].write_bytes(b"cut")
+    assert cli.main(["evaluate", str(tmp_path / "other"), "--model", str(lab[2]), "--out", str(tmp_path / "out")]) == 0
+    about = json.loads(next((tmp_path / "out").glob("*.json")).read_text())["data"]
+    assert about["dropped"] >= 2 and len(about["unreadable"]) == 1 and "left out" in capsys.readouterr().out
+    table = pd.read_csv(next((tmp_path / "out").glob("*.csv.gz")))
+    assert not table["image_id"].str.contains(f"both|{films['NORMAL'][0].name}").any(), "a picture with two labels"
 
 
 @pytest.mark.parametrize("path", sorted((pathlib.Path(__file__).parents[1] / "results").glob("*/models/*.keras")),

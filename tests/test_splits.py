@@ -19,6 +19,11 @@ from cxr import data, splits
     ("train/NORMAL/NORMAL2-IM-0007-0001-0002.jpeg", "NORMAL", ("normal/NORMAL2-IM-0007", "normal")),
     ("train/COVID19/covid-0012-2.jpeg", "COVID19", ("covid/0012", "covid")),
     ("COVID19/001.jpeg", "COVID19", ("file/COVID19/001.jpeg", "covid")),
+    ("COVID19/covid-19-pneumonia-7-PA.jpg", "COVID19", ("file/COVID19/covid-19-pneumonia-7-PA.jpg", "covid")),
+    ("COVID19/COVID-19 (1).png", "COVID19", ("file/COVID19/COVID-19 (1).png", "covid")),
+    ("COVID19/covid-2020-03-12.png", "COVID19", ("file/COVID19/covid-2020-03-12.png", "covid")),
+    ("train/PNEUMONIA/BACTERIA-1008087-0002.jpeg", "PNEUMONIA", ("bacterial/1008087", "bacterial")),
+    ("test/NORMAL/NORMAL-28501-0001.jpeg", "NORMAL", ("normal/28501", "normal")),
     ("train/PNEUMONIA/scan.png", "PNEUMONIA", ("file/train/PNEUMONIA/scan.png", "unknown")),
 ])  # fmt: skip
 def test_patient_key(name, label, expected):
@@ -175,6 +180,12 @@ def test_a_pooled_test_forgets_the_folders_and_not_the_unlabelled():
     assert frame["split"].eq("pred").sum() == 1
     with pytest.raises(ValueError, match="test_fraction is 1"):
         splits.assign_pooled(manifest, test_fraction=1)
+
+
+def test_a_class_whose_patients_all_stand_in_test_is_not_lost_without_a_word():
+    rows = [*plain(), *(("covid/1", "covid", split, f"{split}{n}") for split in ("train", "test") for n in range(3))]
+    with pytest.raises(ValueError, match="train has 0 patient of COVID19"):
+        splits.assign(manifest_of(rows))
 
 
 def test_films_that_are_one_tie_their_patients():

@@ -56,6 +56,7 @@ def test_wrong_names_and_sizes_say_what_there_is(arguments, words):
         transfer.build(*arguments, weights=None)
 
 
+@pytest.mark.filterwarnings("ignore:Skipping nested container")  # Keras's own words about the same refusal
 def test_weights_that_are_missing_or_of_another_network(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="does not exist"):
         transfer.build("mobilenet_v2", "full", 32, weights="nowhere.weights.h5")

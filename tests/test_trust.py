@@ -90,8 +90,11 @@ def test_a_score_that_reads_the_marker_is_caught_and_the_record_holds_up(lab):
     assert {*trust.MARKER, "border only"} <= set(trust.findings(found["probes"]))
     assert found["metrics"]["test"]["auc"] == record["metrics"]["test"]["auc"]
     assert found["thresholds"] == record["thresholds"]
-    again = trust.probe(run, record, None, None, lungs=None, threshold="sensitivity_95_shifted")  # loaded, not scored
+    again = trust.probe(run, record, None, None, lungs=lungs, threshold="sensitivity_95_shifted")  # loaded, not scored
     assert again["run_id"] == found["run_id"] and again["probes"] == found["probes"]
+    for other in ({"lungs": None, "threshold": "sensitivity_95_shifted"}, {"lungs": lungs, "threshold": "half"}):
+        with pytest.raises(TypeError):  # another question: it would be scored, not answered by this record
+            trust.probe(run, record, None, run.images(96), **other)
     loaded = report.load(run.results)
     assert [one["run_id"] for cohort in report.cohorts(loaded) for one in cohort] == [record["run_id"]]
     figure = trustplots.probes({"a": found["probes"], "b": found["probes"]}, synthetic=True)
