@@ -2,6 +2,10 @@
 #
 #   make reproduce [PROFILE=smoke|full] [DATA=phantom|kaggle|pneumoniamnist|PATH] [NUM_SEEDS=n] [NOTEBOOKS="02 10"]
 
+ifeq ($(filter oneshell,$(.FEATURES)),)
+$(error GNU make 3.82 or newer is needed, this is $(MAKE_VERSION): an older one would take a failed notebook for a finished one)
+endif
+
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -90,6 +94,8 @@ $(RUN)/notebooks/09_trust.ipynb: $(foreach number,02 03 04 05 06,$(filter $(RUN)
 
 # Other parameters are another run: this file changes only when they do.
 $(RUN)/.parameters: FORCE
+	@test $(words $(DATA)) -eq 1 || \
+	  { echo "DATA: '$(DATA)' holds a space, with which make cannot work. Link the folder under a name without: ln -s …" >&2; exit 2; }
 	@for part in $(filter-out phantom phantom_covid kaggle pneumoniamnist,$(subst :,$(space),$(DATA))); do test -e "$$part" || \
 	  { echo "DATA: $$part does not exist. Expected phantom, kaggle, pneumoniamnist or a folder, or several joined by ':'" >&2; exit 2; }; done
 	@mkdir -p $(@D)
@@ -129,8 +135,11 @@ report: $(READY)  ## check every published number against its predictions; rewri
 demo: $(READY)  ## train a small model on phantoms and score a few of them: a page with heatmaps
 	$(PYTHON) -m cxr.demo
 
-bench: $(READY)  ## run every benchmark: both sides in one go, ratios
-	for script in benchmarks/*.py; do $(PYTHON) $$script; done
+# The plan of docs/scaling.md is made of what the others measured: last.
+bench: $(READY)  ## run every benchmark: both sides in one go, ratios (needs torch, imagededup, JAX)
+	@$(PYTHON) -c 'import torch, imagededup, jax' || \
+	  { echo "The other sides are missing: pip install torch==2.13.0 imagededup -r requirements-jax.txt" >&2; exit 2; }
+	for script in $(filter-out %/scaling.py,$(wildcard benchmarks/*.py)) benchmarks/scaling.py; do $(PYTHON) $$script; done
 
 # Without parameters papermill adds no cell: the outputs committed are those of the defaults, smoke on the phantom.
 notebooks: $(READY)  ## refresh the committed outputs from the smoke run

@@ -7,7 +7,7 @@ patients whose pixels differ. imagededup is no dependency of the lab; it brings 
 does not use.
 
     pip install imagededup
-    python benchmarks/audit.py [FOLDER]     # a set of images; without it, phantoms with planted copies
+    python benchmarks/audit.py [FOLDER]     # a set of images, whose result is kept; without it, phantoms with copies
 """
 
 import argparse
@@ -82,7 +82,8 @@ def main():
     ratio = found["imagededup, distance 10"]["seconds"] / found["audit"]["seconds"]
     result = {"source": manifest.attrs["source"], "images": len(manifest), "sides": found,
               "times_as_fast": round(ratio, 2), "machine": machine()}
-    records.write_atomic(RESULT, json.dumps(result, indent=1) + "\n")
+    if options.folder:
+        records.write_atomic(RESULT, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 
