@@ -329,3 +329,12 @@ def test_strategies_stand_beside_each_other_for_each_network_and_start(tmp_path)
     assert "resnet_50\nimagenet, 16 epochs" in longer.index
     page = report.html(run.results, tmp_path / "report.html", loaded=found).read_text()
     assert "Test AUC of the seed-averaged score" in page and "Labels to look at again" in page
+
+
+def test_the_readme_shows_what_the_published_predictions_give(tmp_path):
+    root = pathlib.Path(__file__).parents[1]
+    loaded = {folder: report.load(folder, intervals=False) for folder in sorted((root / "results").iterdir())}
+    shown = (root / "README.md").read_text()
+    (tmp_path / "README.md").write_text(shown)
+    report.update_readme(tmp_path / "README.md", loaded)
+    assert (tmp_path / "README.md").read_text() == shown, "make report"
