@@ -70,8 +70,7 @@ def checks(found, criteria):
         for column, name in enumerate(criteria):
             value, passed = seen.get(name, (None, None))
             axis.add_patch(plt.Rectangle((column - 0.48, row - 0.45), 0.96, 0.9, color=colours[passed], lw=0))
-            number = "blank" if value != value else f"{value or 0:.2f}"
-            text = "–" if passed is None else f"{number}\n{'pass' if passed else 'fail'}"
+            text = "–" if passed is None else f"{value:.2f}\n{'pass' if passed else 'fail'}".replace("nan", "blank")
             axis.text(column, row, text, ha="center", va="center", fontsize=9,
                       color=FAINT if passed is None else "white")
     axis.set_xticks(range(len(criteria)), [f"{name}\n{rule}" for name, rule in criteria.items()], fontsize=8.5)
