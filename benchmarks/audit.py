@@ -1,16 +1,19 @@
 """How fast a set is searched for copies, and how many of the pairs are wrong: `cxr.audit` against imagededup.
 
-Both sides read the same files from disk. Ours is the whole audit, with empty caches: copies by bytes and by pixels,
-near duplicates, splits, patients and shortcuts. Theirs is the perceptual hash alone, with imagededup's own number of
-processes and its default distance of 10, and with distance 0. A pair is false when it joins films of different
-patients whose pixels differ. imagededup is no dependency of the lab; it brings torch and torchvision, which its hash
-does not use.
+Both sides read the same files from disk, as they are and then as JPEGs of the size that the Kermany set is published
+in (1328 x 971 on average): enlarged and with film grain, so that they are as large on disk too. Ours is the whole
+audit, with empty caches: copies by bytes and by pixels, near duplicates, splits, patients and shortcuts; beside it
+stands what decoding every file once takes, and nothing else. Theirs is the perceptual hash alone, with imagededup's
+own number of processes and its default distance of 10, and with distance 0. A pair is false when it joins films of
+different patients whose pixels differ. imagededup is no dependency of the lab; it brings torch and torchvision, which
+its hash does not use.
 
     pip install imagededup
     python benchmarks/audit.py [FOLDER]     # a set of images, whose result is kept; without it, phantoms with copies
 """
 
 import argparse
+import concurrent.futures
 import itertools
 import json
 import os
@@ -23,11 +26,38 @@ import time
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import cv2
+import numpy as np
 from decode import machine
 
-from cxr import audit, data, dedup, phantom, records
+from cxr import audit, data, decode, dedup, phantom, records
 
 RESULT = pathlib.Path(__file__).parent / "results" / "audit.json"
+PUBLISHED = 1328 * 971  # pixels of a film of the Kermany set, on average
+
+
+def enlarge(manifest, folder):
+    """Write the films of a manifest as JPEGs of `PUBLISHED` pixels; copies by pixels stay copies."""
+    def one(row):
+        image = decode.decode(pathlib.Path(row.path).read_bytes())
+        factor = (PUBLISHED / image.size) ** 0.5
+        large = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC).astype("float32")
+        grain = np.random.default_rng(int(row.pixel_sha256[:8], 16)).standard_normal(large.shape, dtype="float32")
+        large += 6 * cv2.GaussianBlur(grain, (0, 0), 0.8)
+        path = folder / pathlib.Path(row.image_id).with_suffix(".jpeg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(cv2.imencode(".jpeg", large.clip(0, 255).astype("uint8"), [cv2.IMWRITE_JPEG_QUALITY, 90])[1])
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(one, manifest.itertuples()))
+
+
+def decoding(manifest):
+    """Return the seconds of decoding every file once, in the threads that the audit has."""
+    start = time.perf_counter()
+    for _ in data._threads(lambda path: decode.decode(pathlib.Path(path).read_bytes()), manifest["path"].tolist(), ""):
+        pass
+    return time.perf_counter() - start
 
 
 def ours(folder, cache):
@@ -57,31 +87,39 @@ def theirs(folder, distances):
     return sides
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=pathlib.Path)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or pathlib.Path(temporary) / "phantoms"
-        if options.folder is None:
-            phantom.write(folder)
-            shutil.rmtree(folder / "masks")  # they lie beside the films, and imagededup would hash them too
-        manifest = data.load_manifest(folder, cache_dir=pathlib.Path(temporary) / "facts")
-        patient, pixels = (dict(zip(manifest["image_id"], manifest[name], strict=True))
-                           for name in ("patient_id", "pixel_sha256"))
-        path_to_id = {os.path.relpath(path, folder): image
-                      for path, image in zip(manifest["path"], manifest["image_id"], strict=True)}
-        sides = {"audit": ours(folder, pathlib.Path(temporary) / "cache")}
-        for distance, (seconds, pairs) in theirs(folder, (10, 0)).items():
-            sides[f"imagededup, distance {distance}"] = seconds, {
-                frozenset(path_to_id[path] for path in pair) for pair in pairs}
+def compare(folder, temporary):
+    """Return both sides of one folder, what decoding alone takes, and the ratio."""
+    manifest = data.load_manifest(folder, cache_dir=temporary / "facts")
+    patient, pixels = (dict(zip(manifest["image_id"], manifest[name], strict=True))
+                       for name in ("patient_id", "pixel_sha256"))
+    path_to_id = {os.path.relpath(path, folder): image
+                  for path, image in zip(manifest["path"], manifest["image_id"], strict=True)}
+    sides = {"audit": ours(folder, temporary / f"cache-{folder.name}")}
+    for distance, (seconds, pairs) in theirs(folder, (10, 0)).items():
+        sides[f"imagededup, distance {distance}"] = seconds, {
+            frozenset(path_to_id[path] for path in pair) for pair in pairs}
     found = {name: {"seconds": round(seconds, 2), "pairs": len(pairs),
                     "false_pairs": sum(min(len({known[image] for image in pair}) for known in (patient, pixels)) > 1
                                     for pair in pairs)}
              for name, (seconds, pairs) in sides.items()}
     ratio = found["imagededup, distance 10"]["seconds"] / found["audit"]["seconds"]
-    result = {"source": manifest.attrs["source"], "images": len(manifest), "sides": found,
-              "times_as_fast": round(ratio, 2), "machine": machine()}
+    return {"sides": found, "times_as_fast": round(ratio, 2), "decoding_alone_seconds": round(decoding(manifest), 2)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=pathlib.Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        temporary = pathlib.Path(temporary)
+        folder = options.folder or temporary / "phantoms"
+        if options.folder is None:
+            phantom.write(folder)
+            shutil.rmtree(folder / "masks")  # they lie beside the films, and imagededup would hash them too
+        manifest = data.load_manifest(folder, cache_dir=temporary / "facts")
+        result = {"source": manifest.attrs["source"], "images": len(manifest), **compare(folder, temporary)}
+        enlarge(manifest, temporary / "large")
+        result |= {"enlarged": compare(temporary / "large", temporary), "machine": machine()}
     if options.folder:
         records.write_atomic(RESULT, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
