@@ -75,6 +75,8 @@ def _geometry(zoom=(-0.1, 0.1), **edge):
             layers.RandomZoom(zoom, zoom, **edge)]  # height and width apart
 
 
+# Keras 3 reads one number for RandomContrast as 0 to +30 %, never less contrast, whatever its text says. All published
+# networks were trained so; (0.3, 0.3) would go both ways, and would be another recipe.
 def _exposure():
     return [layers.RandomBrightness(0.15, **_UNIT), layers.RandomContrast(0.3, **_UNIT), RandomGamma(0.35)]
 

@@ -91,9 +91,15 @@ def start(notebook, *, profile="smoke", data="phantom", seed=0, num_seeds=None, 
                          f"DATA={data}:path/to/{needs.lower()}.")
     near = audit.near_duplicates(official, cache) or {"pairs": []}
     one_film = splits.tie(official, [pair[:2] for pair in near["pairs"]])
-    assign = splits.assign if official["split"].eq("test").any() else splits.assign_pooled
+    if official["split"].eq("test").any():
+        manifest = splits.assign(one_film, seed=0)
+    else:  # the test set that is drawn here is the official one from now on, with what it has in common with the rest
+        manifest = splits.assign_pooled(one_film, seed=0)
+        drawn = manifest[manifest["split"].eq("test")]
+        test = one_film["patient_id"].isin(drawn["patient_id"]) | one_film["pixel_sha256"].isin(drawn["pixel_sha256"])
+        official = official.assign(split=official["split"].mask(test & official["label"].ne(""), "test"))
     counts = [num_seeds or count for count in (chosen.num_seeds, chosen.num_grid_seeds)]
-    run = records.Run(notebook, chosen, run_directory(profile, data), cache, official,
-                       assign(one_film, seed=0), *(list(range(seed, seed + count)) for count in counts))
+    run = records.Run(notebook, chosen, run_directory(profile, data), cache, official, manifest,
+                      *(list(range(seed, seed + count)) for count in counts))
     run.set_aside_stale()
     return run

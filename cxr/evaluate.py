@@ -167,8 +167,10 @@ def patient_weights(y_true, patient_id, num_resamples, seed):
     weight = counts.reshape(num_resamples, len(patients)).T.astype(float)[codes]
     weight = weight[:, (truth @ weight > 0) & (~truth @ weight > 0)]
     if weight.shape[1] < 0.9 * num_resamples:  # about three patients of each class
-        raise ValueError(f"Only {weight.shape[1]} of {num_resamples} resamples of patients hold both classes: "
-                         "too few patients of one class for an interval.")
+        sick, healthy = (pd.Series(np.asarray(patient_id)[rows]).nunique() for rows in (truth, ~truth))
+        raise ValueError(f"Only {weight.shape[1]} of {num_resamples} resamples of patients hold both classes: {sick} "
+                         f"patients with label 1 and {healthy} with label 0 are too few for an interval, about four of "
+                         "each are needed. A small set is better judged whole: python -m cxr evaluate.")
     return weight
 
 

@@ -163,7 +163,7 @@ class Run:
         profile: the `config.Profile` in force, overrides applied.
         directory: `runs/<profile>-<data>`.
         cache: folder for decoded images and scan facts, shared by all runs.
-        official: the manifest as loaded, in its official splits.
+        official: the manifest as loaded, in its official splits; of a set without a test split, with the one drawn.
         manifest: the same images under the protocol (`splits.assign`).
         seeds: the seeds to repeat each configuration over.
         grid_seeds: the same for the cells of a wide comparison.

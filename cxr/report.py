@@ -48,7 +48,7 @@ def headline(results_dir, rows):
     purpose = next(name for name in ("classify", "anomaly", "baseline") if (rows["purpose"] == name).any())
     able = rows[(rows["purpose"] == purpose) & ~rows["variant"].str.startswith(PAINTED)]
     able = able[able["split"] == "patient"] if (able["split"] == "patient").any() else able  # shared patients flatter
-    column = "shifted_auc" if able["shifted_auc"].notna().all() else "val_auc"
+    column = "shifted_auc" if able["shifted_auc"].notna().any() else "val_auc"  # rescored ones have none
     where = "the shifted validation images" if column == "shifted_auc" else "validation"
     return able[column].fillna(-1).idxmax(), f"chosen by its AUC on {where} alone"
 
@@ -78,7 +78,7 @@ def beside_markdown(beside, metrics=("accuracy", "auc")):
     rows = [(line.study, line.what, line.measured_as, line.split, line.seeds, line.metric.replace("auc", "AUC"),
              f"{line.reported:.3f}" + (f" ({line.low:.3f}–{line.high:.3f})" if line.low == line.low else ""),
              f"{line.measured:.3f}" + (f" ± {line.sd:.3f}" if line.sd == line.sd else ""),
-             f"{line.smallest:.3f} – {line.largest:.3f}") for line in shown.itertuples()]
+             f"{line.smallest:.3f} – {line.largest:.3f}") for line in shown.dropna(subset="measured").itertuples()]
     return ["Reported beside measured, decisions at 0.5 as the studies took them:", as_markdown(
         ("study", "what it ran", "run here at", "split by", "seeds", "metric", "reported", "measured", "over seeds"),
         rows, num_texts=4)]

@@ -194,12 +194,16 @@ def pretty(rows):
 
 
 def reference_of(rows):
-    """Return the run group that a notebook's others are compared with: `none`, else the seed recipe, else the first."""
+    """Return the run group that a notebook's others are compared with: `none`, else the seed recipe.
+
+    Else it is the best on validation (shifted, where any is): never on test, which would call all others worse.
+    """
     names = rows["variant"].str.lower()
     for chosen in (names == "none", names == "seed recipe", names.str.startswith(("none", "seed recipe", "no "))):
         if chosen.any():
             return rows.index[chosen][0]
-    return rows.index[0]
+    column = "shifted_auc" if rows["shifted_auc"].notna().any() else "val_auc"
+    return rows[column].fillna(-1).idxmax()
 
 
 def comparisons(loaded, reference_group, *, threshold="sensitivity_95"):

@@ -210,6 +210,23 @@ def test_near_duplicates_end_on_one_side_of_the_split(tmp_path, monkeypatch):
     assert len(pairs) == 24 and all(split[one] == split[other] for one, other in pairs) and split.nunique() == 3
 
 
+def test_a_set_without_test_gets_one_that_holds_for_every_other_split_too(tmp_path, monkeypatch):
+    for number in range(40):
+        film, label = phantom.render(number, "normal", size=128).image, ("NORMAL", "PNEUMONIA")[number % 2]
+        write(tmp_path / "set" / label / f"{number}.png", film)
+        if number < 20:
+            write(tmp_path / "set" / label / f"same as {number}.png", film)
+    monkeypatch.setattr("cxr.config.root", lambda: tmp_path)
+    run = config.start("02_test", data=str(tmp_path / "set"))
+    drawn, official = (set(frame.loc[frame["split"] == "test", "pixel_sha256"])
+                       for frame in (run.manifest, run.official))
+    assert drawn == official and 4 <= len(drawn) <= 16
+    by_image = splits.assign_image_level(run.official)
+    assert {"train", "val", "test"} <= set(by_image["split"])
+    assert not drawn & set(by_image.loc[by_image["split"].isin(["train", "val"]), "pixel_sha256"])
+    assert audit.audit(run.official, cache_dir=run.cache)["duplicates"]["across_splits"] == 0
+
+
 # The command line --------------------------------------------------------------------------------------------------
 
 def test_command_audit(written, tmp_path, capsys):

@@ -279,7 +279,7 @@ def test_bad_input_is_named(y_true, y_score, message):
 def test_other_bad_input_is_named():
     with pytest.raises(ValueError, match="patient_id"):
         evaluate.bootstrap_auc([0, 1], [0.1, 0.2], ["a"])
-    with pytest.raises(ValueError, match="too few patients"):
+    with pytest.raises(ValueError, match="are too few for an interval"):
         evaluate.bootstrap_auc([0, 1, 1], [0.1, 0.2, 0.3], ["a", "b", "b"])
     with pytest.raises(ValueError, match="not on test"):
         evaluate.record_metrics(frame(splits=("test",)))

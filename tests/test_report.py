@@ -228,6 +228,11 @@ def test_headline_is_chosen_on_validation_or_named(copied):
     group, why = report.headline(copied, rows)
     able = rows[(rows["purpose"] == "classify") & (rows["split"] == "patient")]
     assert group == able["shifted_auc"].idxmax() and "validation" in why
+    rescored = rows.assign(shifted_auc=rows["shifted_auc"].where(rows.index != rows.index[-1]))
+    assert "shifted" in report.headline(copied, rescored)[1], "one without a shifted AUC turns the rule off for none"
+    falling = np.linspace(0.9, 0.8, len(rows))
+    nameless = rows.assign(variant="x", shifted_auc=falling, auc=falling[::-1])
+    assert report.reference_of(nameless.sort_values("auc", ascending=False)) == rows.index[0], "not the best on test"
     painted = rows.assign(variant=rows["variant"].where(rows.index != group, report.PAINTED))
     assert report.headline(copied, painted)[0] != group, "validation images that carry the label choose nothing"
     named = rows.index[rows["variant"] == "seed recipe"][0]
