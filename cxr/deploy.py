@@ -7,11 +7,10 @@ import zipfile
 import keras
 import numpy as np
 
-from cxr import decode, records, sources, train
+from cxr import decode, evaluate, records, sources, train
 from cxr.backup import save_atomic
 from cxr.device import outputs
 
-THRESHOLD = "sensitivity_95_shifted"
 SHORT = 12  # hexadecimal digits that tell a picture from others
 SIDE = 32  # of the mean image: enough to know a chest from a hand, too little to know a patient
 
@@ -42,11 +41,11 @@ def export(run, record, folder):
               "smallest_likeness": round(float(min(0.5, np.quantile(alike, 0.005))), 4)}
     about = {"schema": 1, "run_id": record["run_id"], "variant": record["variant"], "source": record["data"]["source"],
              "synthetic": record["data"]["synthetic"], "image_size": size, "thresholds": record["thresholds"],
-             "threshold": THRESHOLD, "temperature": record["calibration"]["temperature"],
+             "threshold": evaluate.THRESHOLD, "temperature": record["calibration"]["temperature"],
              "ece": record["calibration"]["ece_calibrated"], "known": known,
              "seen": sorted({digest[:SHORT] for digest in run.manifest["pixel_sha256"].iloc[rows]}),
              "test": {name: record["metrics"]["test"][name] for name in
-                      ("auc", *(f"{metric}@{THRESHOLD}" for metric in ("sensitivity", "specificity", "ppv")))}}
+                      ("auc", *(f"{metric}@{evaluate.THRESHOLD}" for metric in ("sensitivity", "specificity", "ppv")))}}
     path = pathlib.Path(folder) / f"{record['run_id']}.keras"
     save_atomic(model.save, path)
     records.write_atomic(path.with_suffix(".json"), json.dumps(about) + "\n")

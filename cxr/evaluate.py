@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import optimize, special, stats
 
 NUM_BINS = 10
+THRESHOLD = "sensitivity_95_shifted"  # the one to decide with
 
 
 class Estimate(NamedTuple):

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from cxr import deploy, evaluate, records
+from cxr import evaluate, records
 from cxr.decode import blurred
 
 ASPECT = 1.37  # width by height of a usual film of this set; files squeezed to a square have lost their own
@@ -121,7 +121,7 @@ def probe(run, record, score, images, *, lungs, threshold):
     """
     able = {key: change for key, change in PROBES.items() if lungs is not None or not key[0].startswith("lungs")}
     config = record["config"] | {"probed": record["run_id"], "probes": sorted(map(name_of, able))}
-    if threshold != deploy.THRESHOLD:  # the usual one is not named: so were the first records made
+    if threshold != evaluate.THRESHOLD:  # the usual one is not named: so were the first records made
         config["threshold"] = threshold
     if found := run.load(run.run_id(record["variant"], config, record["seed"])):
         return found

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 from cxr import __main__ as cli
-from cxr import audit, data, decode, deploy, models, predict
+from cxr import audit, data, decode, deploy, evaluate, models, predict
 from tests.test_data import archive, dicom, encoded, picture
 from tests.test_records import run, scores  # noqa: F401  a fixture
 
@@ -172,9 +172,9 @@ def model(tmp_path_factory):
              "largest_distance": 3.0, "smallest_likeness": 0.1}
     metric = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
     about = {"schema": 1, "run_id": "tiny", "variant": "untrained", "source": "made", "synthetic": True,
-             "image_size": 32, "thresholds": {deploy.THRESHOLD: 0.5}, "threshold": deploy.THRESHOLD,
+             "image_size": 32, "thresholds": {evaluate.THRESHOLD: 0.5}, "threshold": evaluate.THRESHOLD,
              "temperature": 1.0, "ece": 0.1, "known": known,
-             "test": dict.fromkeys(["auc", *(f"{name}@{deploy.THRESHOLD}" for name in ("sensitivity", "specificity",
+             "test": dict.fromkeys(["auc", *(f"{name}@{evaluate.THRESHOLD}" for name in ("sensitivity", "specificity",
                                                                                        "ppv"))], metric)}
     path.with_suffix(".json").write_text(json.dumps(about))
     return path

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from cxr import __main__ as cli
-from cxr import config, data, deploy, models, phantom, predict, train
+from cxr import config, data, deploy, evaluate, models, phantom, predict, train
 from tests.test_data import dicom
 
 
@@ -87,7 +87,7 @@ def test_scores_are_those_of_the_model_and_decisions_those_of_its_frozen_thresho
     table = predict.score_files(files, model, about, tmp_path / "out")
     expected = train.predict(train.load_model(run, record), run.images(64)[:6])
     np.testing.assert_allclose(table["probability"].astype(float), expected, atol=1e-5)
-    cut = record["thresholds"][deploy.THRESHOLD]
+    cut = record["thresholds"][evaluate.THRESHOLD]
     assert (table["decision"] == np.where(table["probability"].astype(float) >= cut, "pneumonia", "normal")).all()
 
 
