@@ -62,11 +62,11 @@ def jit_compile():
 def precision():
     """Return the dtype policy that pays: bfloat16 where the device multiplies it in hardware, else float32.
 
-    Weights stay float32 either way. A processor without AMX is many times slower in bfloat16.
+    Weights stay float32 either way. A processor that has neither AMX nor AVX-512 BF16 is many times slower in bfloat16.
     """
     flags = pathlib.Path("/proc/cpuinfo")
-    amx = keras.backend.backend() == "tensorflow" and flags.is_file() and "amx_bf16" in flags.read_text()
-    return "mixed_bfloat16" if amx or not on_cpu() else "float32"
+    able = flags.is_file() and re.search("(amx|avx512)_bf16", flags.read_text())
+    return "mixed_bfloat16" if able and keras.backend.backend() == "tensorflow" or not on_cpu() else "float32"
 
 
 def num_devices():

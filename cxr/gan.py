@@ -4,6 +4,7 @@ Both networks are trained in one ordinary Keras step on any backend: the generat
 with its weights held fixed, so that one optimizer serves both. Images are uint8 `(n, size, size)`.
 """
 
+import functools
 import pathlib
 import time
 
@@ -76,7 +77,10 @@ def _generator(image_size, widths, smooth):
 
 
 def seed_dcgan(image_size=128, seed=None):
-    """Return study S4's GAN with its fault: images in [0, 1] against a generator that ends in tanh, from -1 to 1."""
+    """Return study S4's GAN with its fault: images in [0, 1] against a generator that ends in tanh, from -1 to 1.
+
+    What it learns to draw lies in [0, 1] too, where the study's classifier meets it; so does ours, by `painter`.
+    """
     return GAN(seed_generator(image_size), seed_discriminator(image_size), low=0.0, noise_seed=seed)
 
 
@@ -116,6 +120,14 @@ class GAN(keras.Model):
     def from_config(cls, config):
         """Return the GAN of a `get_config` that was serialized."""
         return cls(**{name: keras.saving.deserialize_keras_object(value) for name, value in config.items()})
+
+    @functools.cached_property
+    def painter(self):
+        """The generator, its pictures brought to [-1, 1] where black is not -1."""
+        if self.low == -1:
+            return self.generator
+        scale = layers.Rescaling(2 / (1 - self.low), -(1 + self.low) / (1 - self.low), dtype="float32")
+        return keras.Model(self.generator.input, scale(self.generator.output), name="painter")
 
     def build(self, input_shape):
         """Build what moves the images about; generator and discriminator come built."""
@@ -169,7 +181,7 @@ class _Progress(keras.callbacks.Callback):
             raise GANError(f"Epoch {epoch + 1}: a loss is not a number. Lower the learning rate; the last backup is in "
                            f"{self.folder}.")
         if (epoch + 1) % self.every == 0 or epoch + 1 == self.params["epochs"]:
-            fakes = sample(self.model.generator, codes=self.codes)
+            fakes = sample(self.model.painter, codes=self.codes)
             if fakes.astype("float32").std(0).mean() < 0.5:
                 raise GANError(f"Epoch {epoch + 1}: all fakes are alike (mode collapse). Try another seed, or augment.")
             self.film.append(fakes)
@@ -246,7 +258,7 @@ def contact_sheets(film, columns=4):
 
 
 def sample(generator, count=None, *, seed=0, codes=None):
-    """Return fakes, uint8 `(count, size, size)`, of drawn or given codes."""
+    """Return fakes, uint8 `(count, size, size)`, of drawn or given codes; `generator` as `GAN.painter`, in [-1, 1]."""
     codes = np.random.default_rng(seed).normal(size=(count, LATENT)).astype("float32") if codes is None else codes
     fakes = outputs(generator, codes)[..., 0]
     return np.uint8(np.round(127.5 * (np.clip(fakes, -1, 1) + 1)))

@@ -37,7 +37,7 @@ class Recipe:
 
 
 class Drawn(NamedTuple):
-    """A trained GAN: its record, its generator, and the film of its training `(pictures, 16, size, size)`."""
+    """A trained GAN: its record, its generator (`gan.GAN.painter`), and its film `(pictures, 16, size, size)`."""
 
     record: dict
     generator: keras.Model
@@ -88,24 +88,24 @@ def trained(run, variant, recipe, build, images, manifest, spaces, seed=0):
     history, film = gan.fit(model, real, epochs=recipe.epochs, batch_size=recipe.batch_size, average=recipe.average,
                             seed=seed, folder=folder, every=max(1, recipe.epochs // 8))
     done = time.monotonic()
-    backup.save_atomic(model.generator.save, path)
+    backup.save_atomic(model.painter.save, path)
     backup.save_atomic(lambda place: np.save(place, film), film_path)
     held = {name: np.flatnonzero(manifest["split"].eq(name) & manifest["label"].eq(recipe.label))
             for name in ("val", "test")}
-    judged = judge(model.generator, real, images[np.concatenate(list(held.values()))], spaces, seed=seed)
-    table = real_or_fake(model.generator, real, images, manifest, held, seed=seed)
+    judged = judge(model.painter, real, images[np.concatenate(list(held.values()))], spaces, seed=seed)
+    table = real_or_fake(model.painter, real, images, manifest, held, seed=seed)
     record = run.save(variant, config, seed, table, purpose="generate", manifest=manifest, history=history,
                       judged=judged, num_real=len(real), num_steps=recipe.epochs * -(-len(real) // recipe.batch_size),
                       seconds={"train": round(earlier + done - start, 2), "judge": round(time.monotonic() - done, 2)})
     shutil.rmtree(folder)
-    return Drawn(record, model.generator, film)
+    return Drawn(record, model.painter, film)
 
 
 def judge(generator, real, held_out, spaces, *, seed=0):
     """Return how good the fakes are: dict space → dict of numbers, each beside that of real training images.
 
     Args:
-        generator: of a `gan.GAN`.
+        generator: as `gan.GAN.painter`.
         real, held_out: training images, and those that it never saw.
         spaces: dict name → function from uint8 images to float features `(n, d)`, which are centred
             here and brought to a mean variance of one; not each alone, or one silent on reals would outweigh the rest.

@@ -144,3 +144,14 @@ def test_published_gan_has_its_fault_and_the_labs_has_not():
     assert gan.seed_dcgan(16).low == 0 and gan.lab_dcgan(16).low == -1
     assert not gan.seed_dcgan(16).stack and gan.lab_dcgan(16).stack
     keras.utils.clear_session()
+
+
+def test_fakes_are_read_on_the_scale_on_which_the_discriminator_knows_reals():
+    """Study S4's GAN meets reals in [0, 1]: read from -1, their black would be grey."""
+    codes = np.random.default_rng(0).normal(size=(8, gan.LATENT)).astype("float32")
+    for build, low in ((gan.seed_dcgan, 0), (gan.lab_dcgan, -1)):
+        model = build(16, 0)
+        raw = keras.ops.convert_to_numpy(model.generator(codes))[..., 0]
+        expected = 255 * np.clip((raw - low) / (1 - low), 0, 1)
+        np.testing.assert_allclose(gan.sample(model.painter, codes=codes), expected, atol=0.51)
+    keras.utils.clear_session()
