@@ -11,6 +11,7 @@ from cxr import data, decode, dedup, records, splits
 
 SHORTCUT = 0.7  # AUC, either way round, from which a score that looks at no anatomy earns a warning
 TINY = 100  # images below which a validation split cannot rank models
+FEWEST = {"train": 25, "test": 3}  # images of a class below which validation, drawn from train, or test has no interval
 
 
 def audit(manifest, *, cache_dir=None):
@@ -102,7 +103,9 @@ def _checks(found):
         differ = counts["found"] != counts["expected"]
         yield "published counts", verdict(differ), f"expected {counts['expected']}" if differ else "as published"
     for name, classes in found["classes"].items():
-        yield f"classes in {name}", verdict(len(classes) < 2), _listed(classes)
+        few = len(classes) > 1 and min(classes.values()) < FEWEST.get(name, 0)
+        yield (f"classes in {name}", verdict(len(classes) < 2 or few),
+               _listed(classes) + f"; {FEWEST.get(name)} of each are the least that notebooks can train on" * few)
     inside = {name: copies[name] for name in images}
     yield "copies within a split", verdict(sum(inside.values())), _listed(inside)
     yield "copies across splits", verdict(copies["across_splits"], "FAIL"), f"pictures: {copies['across_splits']}"

@@ -185,13 +185,29 @@ def metrics_with_intervals(y_true, y_score, patient_id, thresholds, *, num_resam
     """Return `metrics` as `Estimate`s whose 95 % percentile intervals come from resampling whole patients.
 
     Images of one patient are correlated; resampling images makes the interval too narrow. See `patient_weights`; a
-    resample in which a metric is undefined is left out for that metric. Source: Field & Welsh 2007; Efron 1993.
+    resample in which a metric is undefined is left out for that metric. Where nobody failed, or everybody, no resample
+    differs and percentiles would claim certainty: there it is Wilson's interval of the patients that the metric stands
+    on. Source: Field & Welsh 2007; Efron 1993; Hanley & Lippman-Hand 1983.
     """
     values = metrics(y_true, y_score, thresholds, probability=probability)
     truth, score = check(y_true, y_score)
     weight = patient_weights(truth, patient_id, num_resamples, seed)
     draws = _all_metrics(truth, score, weight, thresholds, probability)
-    return {name: Estimate(value, *interval(draws[name], value), truth.size) for name, value in values.items()}
+    found = {name: Estimate(value, *interval(draws[name], value), truth.size) for name, value in values.items()}
+    for name, (value, low, high, n) in found.items():
+        if low == high and value in (0, 1):
+            patients = _patients_behind(name, truth, score, np.asarray(patient_id), thresholds)
+            found[name] = wilson(value * patients, patients)._replace(n=n)
+    return found
+
+
+def _patients_behind(metric, truth, score, patient_id, thresholds):
+    """Return the number of patients whose images a metric counts; of one that takes both classes, the smaller's."""
+    kind, _, at = metric.partition("@")
+    called = score >= thresholds.get(at, np.nan)
+    rows = {"sensitivity": truth, "fnr": truth, "specificity": ~truth, "fpr": ~truth, "ppv": called, "npv": ~called,
+            "accuracy": truth | ~truth}.get(kind)
+    return min(np.unique(patient_id[part]).size for part in ((truth, ~truth) if rows is None else (rows,)))
 
 
 def bootstrap_auc(y_true, y_score, patient_id, *, num_resamples=1000, seed=0):

@@ -175,6 +175,15 @@ def test_a_folder_without_test_and_with_one_class(tmp_path, written):
     assert found["trivial_auc"] == {"train": {}}
 
 
+def test_a_class_too_small_to_train_on_is_said_before_training(copied):
+    folder, cache = copied
+    for path in sorted(folder.glob("train/NORMAL/*.jpeg"))[10:]:
+        path.unlink()
+    found = examine(folder, cache)
+    assert verdicts(found)["classes in train"] == "WARN" and verdicts(found)["classes in test"] == "OK"
+    assert "NORMAL 10" in audit.format_table(found) and "25 of each are the least" in audit.format_table(found)
+
+
 def test_near_duplicates_are_not_looked_for_in_tiny_images(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {f"{split}_images": rng.integers(0, 256, (8, 28, 28), dtype=np.uint8) for split in ("train", "test")}

@@ -149,6 +149,18 @@ def test_intervals_hold_the_point_estimate(seed):
             assert low <= value <= high and n == 120, name
 
 
+def test_where_nobody_failed_the_interval_is_that_of_so_many_patients():
+    """Ten of ten is no certainty, and a second film of each makes it no surer (Wilson of 10 of 10: from 0.722)."""
+    patient = np.repeat(np.arange(30), 2).astype(str)
+    y = np.repeat([1, 0], [20, 40])
+    p = np.where(y == 1, 0.9, np.tile([0.1, 0.6], 30))  # every other normal film is called pneumonia
+    found = evaluate.metrics_with_intervals(y, p, patient, {"half": 0.5, "high": 0.7})
+    ten, twenty, thirty = ((1, pytest.approx(n / (n + 1.96 ** 2), abs=1e-4), 1, 60) for n in (10, 20, 30))
+    assert found["sensitivity@half"] == found["auc"] == found["f1@high"] == found["ppv@high"] == ten
+    assert found["specificity@high"] == found["npv@half"] == twenty and found["accuracy@high"] == thirty
+    assert found["fnr@half"][:3] == (0, 0, pytest.approx(1 - ten[1].expected, abs=1e-4))
+
+
 def test_record_metrics_of_a_classifier():
     found = evaluate.record_metrics(frame(splits=("val", "val_shifted", "test", "test_duplicate")), num_resamples=50)
     assert list(found["metrics"]) == ["val", "val_shifted", "test", "test_official"]

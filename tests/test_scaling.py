@@ -43,7 +43,7 @@ def test_the_readme_shows_the_ratios_of_the_results():
     measured += [results["transfer"]["strategies"][name][ratio] for name in ("frozen", "partial")
                  for ratio in ("times_as_fast", "times_as_fast_as_whole")]
     measured += [decode["keras grey"]["decode"], decode["keras rgb"]["decode"], round(decode["keras grey"]["cached"])]
-    measured += [results["audit"]["times_as_fast"]]
+    measured += [results["audit"]["times_as_fast"], results["audit"]["enlarged"]["times_as_fast"]]
     section = (ROOT / "README.md").read_text().partition("## Speed")[2].partition("\n## ")[0]
     shown = [float(value) for value in re.findall(r"\| ([\d.]+) \| `\w+\.py` \|", section)]
     assert shown == measured
