@@ -100,7 +100,7 @@ def compare(folder, temporary):
             frozenset(path_to_id[path] for path in pair) for pair in pairs}
     found = {name: {"seconds": round(seconds, 2), "pairs": len(pairs),
                     "false_pairs": sum(min(len({known[image] for image in pair}) for known in (patient, pixels)) > 1
-                                    for pair in pairs)}
+                                   for pair in pairs)}
              for name, (seconds, pairs) in sides.items()}
     ratio = found["imagededup, distance 10"]["seconds"] / found["audit"]["seconds"]
     return {"sides": found, "times_as_fast": round(ratio, 2), "decoding_alone_seconds": round(decoding(manifest), 2)}

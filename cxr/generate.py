@@ -87,18 +87,18 @@ def trained(run, variant, recipe, build, images, manifest, spaces, seed=0):
     model = build(recipe.image_size, seed)
     history, film = gan.fit(model, real, epochs=recipe.epochs, batch_size=recipe.batch_size, average=recipe.average,
                             seed=seed, folder=folder, every=max(1, recipe.epochs // 8))
-    done = time.monotonic()
-    backup.save_atomic(model.painter.save, path)
+    done, generator = time.monotonic(), model.painter
+    backup.save_atomic(generator.save, path)
     backup.save_atomic(lambda place: np.save(place, film), film_path)
     held = {name: np.flatnonzero(manifest["split"].eq(name) & manifest["label"].eq(recipe.label))
             for name in ("val", "test")}
-    judged = judge(model.painter, real, images[np.concatenate(list(held.values()))], spaces, seed=seed)
-    table = real_or_fake(model.painter, real, images, manifest, held, seed=seed)
+    judged = judge(generator, real, images[np.concatenate(list(held.values()))], spaces, seed=seed)
+    table = real_or_fake(generator, real, images, manifest, held, seed=seed)
     record = run.save(variant, config, seed, table, purpose="generate", manifest=manifest, history=history,
                       judged=judged, num_real=len(real), num_steps=recipe.epochs * -(-len(real) // recipe.batch_size),
                       seconds={"train": round(earlier + done - start, 2), "judge": round(time.monotonic() - done, 2)})
     shutil.rmtree(folder)
-    return Drawn(record, model.painter, film)
+    return Drawn(record, generator, film)
 
 
 def judge(generator, real, held_out, spaces, *, seed=0):

@@ -19,6 +19,7 @@ from cxr.tables import (  # the one module whose names are passed on: a notebook
     MIN_SEEDS,
     PAINTED,
     ReportError,
+    best_on_validation,
     by_group,
     cohorts,
     comparisons,
@@ -48,9 +49,9 @@ def headline(results_dir, rows):
     purpose = next(name for name in ("classify", "anomaly", "baseline") if (rows["purpose"] == name).any())
     able = rows[(rows["purpose"] == purpose) & ~rows["variant"].str.startswith(PAINTED)]
     able = able[able["split"] == "patient"] if (able["split"] == "patient").any() else able  # shared patients flatter
-    column = "shifted_auc" if able["shifted_auc"].notna().any() else "val_auc"  # rescored ones have none
+    group, column = best_on_validation(able)
     where = "the shifted validation images" if column == "shifted_auc" else "validation"
-    return able[column].fillna(-1).idxmax(), f"chosen by its AUC on {where} alone"
+    return group, f"chosen by its AUC on {where} alone"
 
 
 def _named(results_dir):

@@ -202,8 +202,13 @@ def reference_of(rows):
     for chosen in (names == "none", names == "seed recipe", names.str.startswith(("none", "seed recipe", "no "))):
         if chosen.any():
             return rows.index[chosen][0]
-    column = "shifted_auc" if rows["shifted_auc"].notna().any() else "val_auc"
-    return rows[column].fillna(-1).idxmax()
+    return best_on_validation(rows)[0]
+
+
+def best_on_validation(rows):
+    """Return the run group with the highest AUC on validation, shifted where any has it, and that column's name."""
+    column = "shifted_auc" if rows["shifted_auc"].notna().any() else "val_auc"  # rescored ones have no shifted
+    return rows[column].fillna(-1).idxmax(), column
 
 
 def comparisons(loaded, reference_group, *, threshold="sensitivity_95"):
