@@ -33,15 +33,14 @@ from decode import machine
 from cxr import audit, data, decode, dedup, phantom, records
 
 RESULT = pathlib.Path(__file__).parent / "results" / "audit.json"
-PUBLISHED = 1328 * 971  # pixels of a film of the Kermany set, on average
+PUBLISHED = 1328, 971  # width and height of a film of the Kermany set, on average
 
 
 def enlarge(manifest, folder):
-    """Write the films of a manifest as JPEGs of `PUBLISHED` pixels; copies by pixels stay copies."""
+    """Write the films of a manifest as JPEGs of `PUBLISHED` size; copies by pixels stay copies."""
     def one(row):
         image = decode.decode(pathlib.Path(row.path).read_bytes())
-        factor = (PUBLISHED / image.size) ** 0.5
-        large = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC).astype("float32")
+        large = cv2.resize(image, PUBLISHED, interpolation=cv2.INTER_CUBIC).astype("float32")
         grain = np.random.default_rng(int(row.pixel_sha256[:8], 16)).standard_normal(large.shape, dtype="float32")
         large += 6 * cv2.GaussianBlur(grain, (0, 0), 0.8)
         path = folder / pathlib.Path(row.image_id).with_suffix(".jpeg")

@@ -114,7 +114,7 @@ def measure(films, steps):
              "near_per_pair": neighbours / len(vectors) ** 2}
     large = [cv2.resize(image, (1024, 1024)) + rng.normal(0, GRAIN, (1024, 1024)) for image in images[:20]]
     files = [cv2.imencode(".png", np.clip(image, 0, 255).astype("uint8"))[1].tobytes() for image in large]
-    found["png_per_image"] = _processor(lambda: [decode.facts(decode.decode(file)) for file in files]) / len(files)
+    found["png_per_image"] = _processor(lambda: [decode.facts(file) for file in files]) / len(files)
     counts = {}
     for name, size, parts in networks():
         counts[f"{name} {size}"] = sum(map(flops, parts))

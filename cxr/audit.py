@@ -62,15 +62,15 @@ def _duplicates(manifest):
 def near_duplicates(manifest, cache_dir):
     """Return that entry of `audit`, kept in the cache under the content that it was found in."""
     counts_most = manifest.sort_values("split", key=lambda split: split.eq("pred"), kind="stable")  # what pred copies
-    unique = counts_most.drop_duplicates("pixel_sha256").sort_index().reset_index(drop=True)
-    seen = unique[unique[["height", "width"]].min(axis=1) >= dedup.SIDE]
-    if len(seen) < 2:
+    unique = counts_most.drop_duplicates("pixel_sha256").sort_index()
+    too_small = unique[["height", "width"]].min(axis=1) < dedup.SIDE
+    unique, too_small = unique[~too_small], int(too_small.sum())
+    if len(unique) < 2:
         return None
-    too_small, unique = len(unique) - len(seen), seen.reset_index(drop=True)
     key = records.canonical_sha256([decode.VERSION, dedup.VERSION, unique["pixel_sha256"].tolist()])[:24]
     path = data.cache_folder(cache_dir) / f"near-{key}.json"
     if (pairs := data.read_cached(path)) is None:
-        pairs = dedup.near_pairs(data.load_images(unique, dedup.SIDE, cache_dir=cache_dir))
+        pairs = dedup.near_pairs(_thumbnails(manifest, unique.index, cache_dir))
         data.write_cached(path, pairs)
     i, j = np.array([pair[:2] for pair in pairs], int).reshape(-1, 2).T
     image, split, patient = (unique[name].to_numpy() for name in ("image_id", "split", "patient_id"))
@@ -78,6 +78,14 @@ def near_duplicates(manifest, cache_dir):
     return {"pairs": [[image[a], image[b], round(score, 3)] for a, b, score in pairs],
             "too_small": too_small, "across_splits": int(apart.sum()),
             "across_patients": int((patient[i] != patient[j]).sum())}
+
+
+def _thumbnails(manifest, kept, cache_dir):
+    """Return the thumbnails of the rows `kept`; each set's own were made when it was scanned."""
+    films = {}
+    for _, part in manifest.groupby("source"):
+        films |= dict(zip(part.index, data.load_thumbnails(part, cache_dir=cache_dir), strict=True))
+    return np.stack([films[row] for row in kept])
 
 
 def _trivial_auc(part):

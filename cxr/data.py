@@ -1,8 +1,8 @@
 """From files to a manifest, and from a manifest to arrays, with the caches behind them.
 
-Every file is decoded once at full size for its facts (hash of the pixels, size, grey level, blur), and once straight
-to the size that a network wants. Both results are kept under a hash of the content: renamed files cost nothing, changed
-ones are read again, and a damaged cache is noticed and remade.
+Every file is decoded once for its facts (hash of the pixels, size, grey level, blur) and the thumbnail in which near
+duplicates are found, and once straight to the size that a network wants. All of it is kept under a hash of the content:
+renamed files cost nothing, changed ones are read again, and a damaged cache is noticed and remade.
 """
 
 import concurrent.futures
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import tqdm
 
-from cxr import decode, records, sources, splits
+from cxr import decode, dedup, records, sources, splits
 
 SOURCES = sources.SOURCES
 FACTS = ["pixel_sha256", "height", "width", "mean_grey", "blur"]
@@ -116,7 +116,8 @@ def _check_classes(manifest):
 def _scan(files, cache):
     """Hash and decode every file; return the manifest's rows, and the files that cannot be used with the reason."""
     read, store = _reader([path for _, path, _, _ in files]), cache / f"facts-{decode.VERSION}.json"
-    known = read_cached(store) or {}
+    known, rows, unreadable, fresh = read_cached(store) or {}, [], [], {}
+    files = sorted(files)  # as the manifest is: the thumbnails stand in its order
 
     def look(file):
         image_id, path, split, label = file
@@ -125,20 +126,35 @@ def _scan(files, cache):
                 raise ValueError("not inside a NORMAL, PNEUMONIA or COVID19 folder")
             content = read(path)
             digest = hashlib.sha256(content).hexdigest()
+            if digest in known:
+                return digest, known[digest], None
             with memory_for(path):
-                return digest, known.get(digest) or decode.facts(decode.decode(content))
+                facts, film = decode.facts(content)
+                return digest, facts, decode.fit(film, dedup.SIDE)
         except (ValueError, OSError) as error:
-            return None, {"image_id": image_id, "path": path, "reason": str(error)}
+            return None, {"image_id": image_id, "path": path, "reason": str(error)}, None
 
-    seen = list(_threads(look, files, "scan"))
-    if fresh := {digest: facts for digest, facts in seen if digest and digest not in known}:
+    def thumbnails():
+        for (image_id, path, split, label), (digest, facts, small) in zip(files, _threads(look, files, "scan"),
+                                                                          strict=True):
+            if digest is None:
+                unreadable.append(facts)
+                continue
+            patient, etiology = splits.patient_key(image_id, label)
+            rows.append({"image_id": image_id, "patient_id": patient, "path": path, "label": label,
+                         "etiology": etiology, "split": split, "sha256": digest, **facts})
+            if small is not None:
+                fresh[digest] = facts
+                yield small
+
+    def path(count):
+        digests = [row["pixel_sha256"] for row in rows]
+        return _images_path("thumbnails", dedup.SIDE, digests, cache) if count == len(rows) > 0 else None
+
+    _write_images(thumbnails(), dedup.SIDE, cache / "thumbnails.npy", path)
+    if fresh:
         write_cached(store, (read_cached(store) or {}) | fresh)
-    rows = []
-    for (image_id, path, split, label), (digest, facts) in zip(files, seen, strict=True):
-        patient, etiology = splits.patient_key(image_id, label)
-        rows.append({"image_id": image_id, "patient_id": patient, "path": path, "label": label, "etiology": etiology,
-                     "split": split, "sha256": digest, **facts})
-    return [row for row in rows if row["sha256"]], [facts for digest, facts in seen if not digest]
+    return rows, unreadable
 
 
 def _reader(paths):
@@ -236,10 +252,39 @@ def load_images(manifest, size, *, letterbox=False, cache_dir=None):
     """
     if not len(manifest) or size < 8:
         raise ValueError(f"{len(manifest)} images at {size} px: expected at least one image, and 8 px a side.")
-    key = records.canonical_sha256([decode.VERSION, size, letterbox, manifest["pixel_sha256"].tolist()])[:24]
-    path = cache_folder(cache_dir) / f"images-{size}{'-letterbox' * letterbox}-{key}.npy"
+    def squeeze(content):
+        return decode.fit(decode.decode(content, size=size), size, letterbox=letterbox)
+
+    return _mapped("letterbox" if letterbox else "images", size, manifest, cache_dir, squeeze)
+
+
+def load_thumbnails(manifest, *, cache_dir=None):
+    """Return the films at `dedup.SIDE` px, as `load_images` would; a scan by `load_manifest` leaves them ready."""
+    return _mapped("thumbnails", dedup.SIDE, manifest, cache_dir,
+                   lambda content: decode.fit(decode.facts(content)[1], dedup.SIDE))
+
+
+def _images_path(kind, size, pixel_sha256, cache):
+    return cache / f"{kind}-{size}-{records.canonical_sha256([decode.VERSION, pixel_sha256])[:24]}.npy"
+
+
+def _mapped(kind, size, manifest, cache_dir, squeeze):
+    path = _images_path(kind, size, manifest["pixel_sha256"].tolist(), cache_folder(cache_dir))
     if not _intact(path):
-        _write_images(path, manifest, size, letterbox)
+        read = _reader(manifest["path"])
+
+        def one(row):
+            try:
+                content = read(row.path)
+            except OSError as error:
+                raise ValueError(f"{row.path} is gone since the manifest was made ({error.strerror}). Load the "
+                                 "manifest again.") from error
+            if hashlib.sha256(content).hexdigest() != row.sha256:
+                raise ValueError(f"{row.path} changed since the manifest was made. Load the manifest again.")
+            with memory_for(row.path):
+                return squeeze(content)
+
+        _write_images(_threads(one, list(manifest.itertuples()), f"decode at {size} px"), size, path, lambda _: path)
     return np.load(path, mmap_mode="r")
 
 
@@ -254,25 +299,25 @@ def _intact(path):
     return False
 
 
-def _write_images(path, manifest, size, letterbox):
-    """Decode to a file of our own and rename it, so that two processes at once do each other no harm."""
-    read = _reader(manifest["path"])
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(manifest), size, size)}
+def _write_images(images, size, place, path_of):
+    """Write images as they come beside `place`, and rename the file to what `path_of(count)` says; at `None` drop it.
 
-    def one(row):
-        content = read(row.path)
-        if hashlib.sha256(content).hexdigest() != row.sha256:
-            raise ValueError(f"{row.path} changed since the manifest was made. Load the manifest again.")
-        with memory_for(row.path):
-            return decode.fit(decode.decode(content, size=size), size, letterbox=letterbox)
+    Two processes at once do each other no harm. Not through a memory map: a full disk must raise, not kill.
+    """
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".images-") as temporary:
+        part, count = pathlib.Path(temporary, "images.npy"), 0
+        with records.named(place), open(part, "wb") as file:
+            _write_header(file, count, size)
+            for image in images:
+                file.write(image)
+                count += 1
+            file.seek(0)
+            _write_header(file, count, size)  # as long as the first: NumPy leaves room for a growing axis
+        if path := path_of(count):
+            digest = _sha256(part)
+            os.replace(part, path)
+            records.write_atomic(path.with_suffix(".sha256"), digest)
 
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".images-") as temporary:
-        part = pathlib.Path(temporary, "images.npy")
-        with open(part, "wb") as file:  # not through a memory map: a full disk must raise, not kill
-            np.lib.format.write_array_header_1_0(file, header)
-            for image in _threads(one, list(manifest.itertuples()), f"decode at {size} px"):
-                with records.named(path):
-                    file.write(image)
-        digest = _sha256(part)
-        os.replace(part, path)
-    records.write_atomic(path.with_suffix(".sha256"), digest)
+
+def _write_header(file, count, size):
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (count, size, size)})

@@ -44,14 +44,19 @@ def near_pairs(images):
         return []
     described = _details(images, 32, 1.5)
     pairs = _neighbours(described.reshape(len(images), -1))
-    pairs = pairs[_best_fit(described, pairs) > _NEAR].tolist()
-    small = _details(images, 48, 2)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        likely = pool.map(lambda pair: _align(small[pair[0]], small[pair[1]], 10)[0] > _LIKELY, pairs)
-        pairs = [pair for pair, is_likely in zip(pairs, likely, strict=True) if is_likely]
-        scores = list(pool.map(lambda pair: same_film(images[pair[0]], images[pair[1]]), pairs))
+    pairs = pairs[_best_fit(described, pairs) > _NEAR]
+    kept, places = np.unique(pairs, return_inverse=True)
+    small = _details(images, 48, 2, kept)
+    likely = _in_threads(lambda pair: _align(*small[pair], 10)[0] > _LIKELY, places.reshape(-1, 2))
+    pairs = pairs[np.array(likely, bool)].tolist()
+    scores = _in_threads(lambda pair: same_film(images[pair[0]], images[pair[1]]), pairs)
     found = [(*pair, score) for pair, score in zip(pairs, scores, strict=True) if score >= SAME_FILM]
     return sorted(found, key=lambda item: -item[2])
+
+
+def _in_threads(function, items):
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(function, items))
 
 
 def _neighbours(described):
@@ -77,24 +82,34 @@ def _best_fit(details, pairs):
         matrix = np.float32([[1, 0, 0], [0, stretch, (1 - stretch) * (side - 1) / 2]])
         moved = cv2.warpAffine(np.eye(side, dtype=np.float32), matrix, (side, side)) @ details
         moved = fft.rfft2(moved / (np.linalg.norm(moved, axis=(1, 2), keepdims=True) + 1e-6), workers=-1).conj()
-        for start in range(0, len(pairs), 256):
+
+        def fit(start, moved=moved):
             first, second = pairs[start:start + 256].T
-            shifts = fft.irfft2(still[first] * moved[second], (side, side), workers=-1)
+            shifts = fft.irfft2(still[first] * moved[second], (side, side))
             best[start:start + 256] = np.maximum(best[start:start + 256], shifts.max((1, 2)))
+
+        _in_threads(fit, range(0, len(pairs), 256))
     return best
 
 
-def _details(images, side, sigma):
-    """Return each image's local contrast at `side` px, `(n, side, side)` of unit norm: no exposure, no contrast."""
-    found = np.empty((len(images), side, side), np.float32)
-    for start in range(0, len(images), 64):  # as the channels of one image, of which OpenCV takes 128 at most
-        small = np.stack([cv2.resize(np.asarray(image), (side, side), interpolation=cv2.INTER_AREA)
-                          for image in images[start:start + 64]], -1).astype(np.float32)
+def _details(images, side, sigma, rows=None):
+    """Return the local contrast of images (of those in `rows`) at `side` px, `(n, side, side)` of unit norm.
+
+    Exposure and contrast leave no trace in it.
+    """
+    rows = np.arange(len(images)) if rows is None else rows
+    found = np.empty((len(rows), side, side), np.float32)
+
+    def describe(start):  # as the channels of one image, of which OpenCV takes 128 at most
+        small = np.stack([cv2.resize(np.asarray(images[row]), (side, side), interpolation=cv2.INTER_AREA)
+                          for row in rows[start:start + 64]], -1).astype(np.float32)
         high = small - _blurred(small, sigma)
         high /= np.sqrt(_blurred(high * high, 2 * sigma)) + 2
         high -= high.mean((0, 1))
         high /= np.linalg.norm(high, axis=(0, 1)) + 1e-6
         found[start:start + 64] = high.transpose(2, 0, 1)
+
+    _in_threads(describe, range(0, len(rows), 64))
     return found
 
 

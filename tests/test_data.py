@@ -14,7 +14,7 @@ import pandas as pd
 import PIL.Image
 import pytest
 
-from cxr import data, decode, records, sources
+from cxr import data, decode, dedup, records, sources
 
 
 def picture(seed=0, height=40, width=48):
@@ -75,7 +75,7 @@ def test_a_folder_that_is_closed_or_gone_is_named(tmp_path, cache, monkeypatch):
     scandir = os.scandir
 
     def as_a_stranger(path):  # permissions bind nobody where tests run as root
-        if os.fspath(path).endswith("closed"):
+        if str(path).endswith("closed"):
             raise PermissionError(13, "Permission denied", os.fspath(path))
         return scandir(path)
 
@@ -429,10 +429,29 @@ def test_fit_squeezes_or_letterboxes():
 
 def test_facts_see_blur_and_size_but_not_the_container():
     image = picture(0, 300, 300)
-    facts, soft = decode.facts(image), decode.facts(cv2.GaussianBlur(image, (0, 0), 4))
+    (facts, film), (soft, _) = (decode.facts(encoded(each)) for each in (image, cv2.GaussianBlur(image, (0, 0), 4)))
     assert soft["blur"] > facts["blur"]
-    assert decode.facts(decode.decode(encoded(image, "TIFF"))) == facts
-    assert decode.facts(image.reshape(150, 600))["pixel_sha256"] != facts["pixel_sha256"]
+    assert decode.facts(encoded(image, "TIFF"))[0] == facts
+    assert decode.facts(encoded(image.reshape(150, 600)))[0]["pixel_sha256"] != facts["pixel_sha256"]
+    np.testing.assert_array_equal(film, decode.fit(image, 224))
+
+
+@pytest.mark.parametrize("height, width", [(897, 896), (971, 1328), (1793, 1792), (2000, 1795)])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_facts_of_a_large_jpeg_are_told_from_a_smaller_one(height, width, orientation):
+    grey = cv2.GaussianBlur(picture(0, height, width), (0, 0), 12)
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = orientation
+    content = encoded(grey, "JPEG", quality=90, exif=exif)
+    whole = decode.decode(content)
+    facts, film = decode.facts(content)
+    assert decode.decode(content, size=358).size < whole.size, "nothing was saved"
+    assert (facts["height"], facts["width"]) == whole.shape
+    assert facts["mean_grey"] == pytest.approx(whole.mean(), abs=0.2)
+    assert np.abs(film.astype(float) - decode.fit(whole, 224)).mean() < 1
+    assert facts["blur"] == pytest.approx(decode.facts(encoded(whole))[0]["blur"], rel=0.01), "as sharp as whole"
+    other = encoded(np.flipud(grey), "JPEG", quality=90, exif=exif)
+    assert decode.facts(other)[0]["pixel_sha256"] != facts["pixel_sha256"]
 
 
 # DICOM -------------------------------------------------------------------------------------------------------------
@@ -562,13 +581,13 @@ def test_dicom_without_pydicom_says_what_to_install(monkeypatch, small, cache):
 @pytest.fixture
 def counted(monkeypatch):
     """The number of files decoded so far, in a list."""
-    calls, original = [], decode.decode
+    calls, original = [], decode._decode
 
-    def decode_counted(content, **options):
+    def decode_counted(content, size):
         calls.append(len(content))
-        return original(content, **options)
+        return original(content, size)
 
-    monkeypatch.setattr(decode, "decode", decode_counted)
+    monkeypatch.setattr(decode, "_decode", decode_counted)
     return calls
 
 
@@ -583,6 +602,18 @@ def test_facts_are_kept_by_content(small, cache, counted):
     (small / "train" / "NORMAL" / "2.png").write_bytes(encoded(picture(99)))
     assert set(data.load_manifest(small, cache_dir=cache)["pixel_sha256"]) != set(before["pixel_sha256"])
     assert len(counted) == len(TWO) + 1
+
+
+def test_thumbnails_of_the_scan_are_those_of_a_second_decoding(small, cache, tmp_path, counted):
+    large = encoded(cv2.GaussianBlur(picture(9, 1000, 1200), (0, 0), 4), "JPEG")
+    (small / "train" / "NORMAL" / "large.jpg").write_bytes(large)
+    (small / "train" / "NORMAL" / "damaged.png").write_bytes(b"no image")
+    manifest = data.load_manifest(small, cache_dir=cache)
+    seen = len(counted)
+    scanned = data.load_thumbnails(manifest, cache_dir=cache)
+    assert len(counted) == seen == len(TWO) + 2 and scanned.shape == (len(manifest), dedup.SIDE, dedup.SIDE)
+    np.testing.assert_array_equal(scanned, data.load_thumbnails(manifest, cache_dir=tmp_path / "empty"))
+    assert len(counted) == seen + len(manifest), "decoded again where the scan left nothing"
 
 
 @pytest.mark.parametrize("damage", [lambda text: text[:-30], lambda text: "",

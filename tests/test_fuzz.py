@@ -86,7 +86,9 @@ def read_or_refused(content):
         assert len(str(error)) > 10, "a reason in words"
         return False
     assert pixels.dtype == small.dtype == np.uint8 and pixels.ndim == 2 and pixels.size
-    facts = decode.facts(pixels)
+    facts, film = decode.facts(content)
+    assert film.dtype == np.uint8 and film.shape == (224, 224)
+    assert (facts["height"], facts["width"]) == pixels.shape
     assert np.isfinite([facts["blur"], facts["mean_grey"]]).all() and 0 <= facts["mean_grey"] <= 255
     assert decode.fit(small, 32, letterbox=True).shape == (32, 32)
     return True
@@ -223,7 +225,7 @@ def test_200_damaged_records_are_never_taken(run):  # noqa: F811
 
 
 def test_100_damaged_caches_are_made_again(tmp_path):
-    value = {f"{number:064x}": decode.facts(GREY) for number in range(3)}
+    value = {f"{number:064x}": decode.facts(encoded(GREY))[0] for number in range(3)}
     path = tmp_path / "facts.json"
     data.write_cached(path, value)
     whole = {path.name: path.read_bytes()}
