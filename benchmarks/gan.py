@@ -83,7 +83,7 @@ def keras_side(name, size, images, steps):
     """Return the same for the lab's model."""
     device.start_fresh(0)
     model = getattr(gan, name)(size, 0)
-    model.stack = []  # both sides without augmentation
+    model.view.stack = []  # both sides without augmentation
     batch = images[..., None]
     model(batch[:2])
     device.compiled(model, objective.Adam(2e-4, beta_1=0.5))

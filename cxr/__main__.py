@@ -45,7 +45,6 @@ def _parser():
     report.add_argument("results", nargs="*", help="folders with records/ and predictions/")
     report.add_argument("--readme", metavar="FILE", help="rewrite the results between this file's markers")
     report.add_argument("--card", metavar="FILE", help="rewrite the numbers of published models between its markers")
-    report.add_argument("--html", metavar="FILE", help="write the report of the one folder given")
     report.add_argument("--pages", action="store_true", help="write report.html into each folder")
     report.set_defaults(command=_report)
     return parser
@@ -58,10 +57,8 @@ def _phantom_parser(parser):
     parser.add_argument("directory", nargs="?", help="folder to make")
     parser.add_argument("--gallery", metavar="FILE", help="also write a labelled picture of each kind of film")
     for name, knob in list(inspect.signature(phantom.write).parameters.items())[1:]:
-        several = {"nargs": "+", "choices": knob.default} if isinstance(knob.default, tuple) else {}
-        kind = str if several else float if knob.default is None else type(knob.default)
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=kind, default=knob.default, help="(%(default)s)", **several)
+        kind = float if knob.default is None else type(knob.default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=knob.default, help="(%(default)s)")
     parser.set_defaults(command=_phantom)
 
 
@@ -132,22 +129,19 @@ def _dumps(value):
     return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
-def _report(results, readme, card, html, pages):
+def _report(results, readme, card, pages):
     from cxr import card as model_card
     from cxr import report
 
-    if not (readme or html or card or pages):
-        raise ValueError("report: expected --readme FILE, --card FILE, --html FILE or --pages.")
-    if html and len(results) != 1:
-        raise ValueError(f"report: --html takes one results folder, not {len(results)}.")
-    loaded = {folder: report.load(folder) for folder in results if readme or html or pages}
+    if not (readme or card or pages):
+        raise ValueError("report: expected --readme FILE, --card FILE or --pages.")
+    loaded = {folder: report.load(folder) for folder in results if readme or pages}
     if readme:
         report.update_readme(readme, loaded)
     if card:
         model_card.update(card, *results)
-    written = {html: results[0]} if html else {}
-    written |= {f"{folder}/report.html": folder for folder in results if pages}
-    for path, folder in written.items():
+    written = [f"{folder}/report.html" for folder in results if pages]
+    for folder, path in zip(results, written, strict=False):
         report.html(folder, path, loaded=loaded[folder])
     print("\n".join(filter(None, (readme, card, *written))))
     return 0

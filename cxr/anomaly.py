@@ -16,9 +16,9 @@ from scipy import stats
 from sklearn import covariance, metrics, neighbors
 
 from cxr import evaluate, explain, records
-from cxr.backup import save_atomic
 from cxr.decode import blurred
 from cxr.device import start_fresh
+from cxr.records import save_atomic
 from cxr.train import labels_of
 
 _around = functools.partial(blurred, share=1 / 24)  # local means
@@ -132,8 +132,7 @@ def _opacity(rng, field, size):
 
 def mahalanobis(normal_features, features):
     """Return the Mahalanobis distance of each row to the normals, with a shrunk covariance (Ledoit and Wolf 2004)."""
-    fitted = covariance.LedoitWolf().fit(normal_features)
-    return np.sqrt(fitted.mahalanobis(features))
+    return np.sqrt(covariance.LedoitWolf().fit(normal_features).mahalanobis(features))
 
 
 def nearest_normals(normal_features, features, k=5):
@@ -141,17 +140,6 @@ def nearest_normals(normal_features, features, k=5):
     mean, scale = normal_features.mean(0), normal_features.std(0) + 1e-6
     found = neighbors.NearestNeighbors(n_neighbors=min(k, len(normal_features))).fit((normal_features - mean) / scale)
     return found.kneighbors((features - mean) / scale)[0].mean(1)
-
-
-def without_blur(score, blur, normal):
-    """Return the score with what the blur score explains among normals taken away (a straight line, least squares).
-
-    Args:
-        score, blur: float `(n,)`.
-        normal: bool `(n,)`, the rows that the line is fitted on (validation normals).
-    """
-    slope, offset = np.polyfit(np.asarray(blur)[normal], np.asarray(score)[normal], 1)
-    return score - (slope * np.asarray(blur) + offset)
 
 
 def auc_within(y_true, score, blur, num_bins=5):

@@ -131,7 +131,7 @@ class _Pairs(keras.utils.PyDataset):
         self.order = self.rng.permutation(len(self.images))
 
 
-def fit(model, images, targets=None, *, epochs, seed, batch_size=32, learning_rate=1e-3, loss="binary_crossentropy"):
+def fit(model, images, targets=None, *, epochs, seed, batch_size=32, learning_rate=1e-3):
     """Train a network of this module and return its history, a dict of per-epoch lists.
 
     Args:
@@ -147,7 +147,7 @@ def fit(model, images, targets=None, *, epochs, seed, batch_size=32, learning_ra
     if not len(images):
         raise ValueError("There are no normal images to learn from: check the NORMAL folder and the split.")
     check_size(model, images)
-    trained = compiled_once(model, Adam(learning_rate), loss)
+    trained = compiled_once(model, Adam(learning_rate), "binary_crossentropy")
     found = trained.fit(_Pairs(images, targets, batch_size, seed), epochs=epochs, verbose=2, shuffle=False)
     copy_state(trained, model)
     return {name: [round(float(value), 6) for value in values] for name, values in found.history.items()}

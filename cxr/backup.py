@@ -1,7 +1,6 @@
 """Files that training leaves behind: a model whole or not at all, and a backup after each epoch to resume from."""
 
 import json
-import os
 import zipfile
 
 import numpy as np
@@ -10,19 +9,7 @@ from keras import ops
 from cxr import records
 
 
-def save_atomic(save, path):
-    """Call Keras's `save(path)` under a temporary name in the same folder, then rename; the suffix stays."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        with records.named(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save(temporary)
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _state(model):
+def _variables(model):
     """Return what a resumed training must find as it was: weights, random states, and those of the optimizer."""
     return [*model.variables, *model.optimizer.variables]
 
@@ -33,18 +20,18 @@ def back_up(model, folder, epoch, *, keep, **state):
     The arrays lie in the model's own order: Keras's weight files leave random states out, and take three times as long
     to find what belongs to each layer. The backups of the epochs in `keep` stay, those of others go.
     """
-    arrays = [ops.convert_to_numpy(variable) for variable in _state(model)]
-    save_atomic(lambda path: np.savez(path, *arrays), folder / f"{epoch}.npz")
+    arrays = [ops.convert_to_numpy(variable) for variable in _variables(model)]
+    records.save_atomic(lambda path: np.savez(path, *arrays), folder / f"{epoch}.npz")
     records.write_atomic(folder / "history.json", json.dumps(state | {"epoch": epoch}))
     for path in folder.glob("*.npz"):
         if path.name not in {f"{kept}.npz" for kept in keep}:
             path.unlink()
 
 
-def spent(folder):
-    """Return the seconds that earlier calls trained before they left the backup in `folder`; 0.0 where none is."""
+def state_of(folder):
+    """Return the `state` of the last backup in `folder`, with `epoch`; empty where none is."""
     index = folder / "history.json"
-    return json.loads(index.read_text()).get("seconds", 0.0) if index.exists() else 0.0
+    return json.loads(index.read_text()) if index.exists() else {}
 
 
 def load(model, folder, epoch):
@@ -56,7 +43,7 @@ def load(model, folder, epoch):
     path = folder / f"{epoch}.npz"
     try:
         with np.load(path) as file:
-            pairs = list(zip(_state(model), file.values(), strict=True))  # each array is held to its checksum
+            pairs = list(zip(_variables(model), file.values(), strict=True))  # each array is held to its checksum
     except (zipfile.BadZipFile, ValueError, EOFError, FileNotFoundError) as error:
         raise ValueError(f"{path} is damaged or of another version ({error}). Delete {folder} and call again: this run "
                          "begins anew, what is finished is kept.") from error
@@ -65,10 +52,7 @@ def load(model, folder, epoch):
 
 
 def restore(model, folder):
-    """Load the last backup in `folder` into a compiled model; return its `state` with `epoch`, or else `None`."""
-    index = folder / "history.json"
-    if not index.exists():
-        return None
-    state = json.loads(index.read_text())
-    load(model, folder, state["epoch"])
+    """Load the last backup in `folder`, if there is one, into a compiled model; return its `state_of`."""
+    if state := state_of(folder):
+        load(model, folder, state["epoch"])
     return state

@@ -46,15 +46,10 @@ def _block(about, record, file, probed):
     parts += [f"On the {test['auc']['n']} test images (95 % intervals over patients): AUC {_interval(test['auc'])}, "
               f"average precision {_interval(test['average_precision'])}.",
               report.as_markdown(["threshold", "value", "accuracy", "sensitivity", "specificity", "PPV"], cells),
-              _calibration(record)]
+              "Calibration on test: expected error {ece:.3f}, Brier score {brier:.3f}; after division by the "
+              "temperature {temperature:g} from validation {ece_calibrated:.3f} and {brier_calibrated:.3f}."
+              .format_map(record["calibration"])]
     return "\n\n".join([*parts, *_probes(probed)])
-
-
-def _calibration(record):
-    found = record["calibration"]
-    return (f"Calibration on test: expected error {found['ece']:.3f}, Brier score {found['brier']:.3f}; after division "
-            f"by the temperature {found['temperature']:g} from validation {found['ece_calibrated']:.3f} and "
-            f"{found['brier_calibrated']:.3f}.")
 
 
 def _probes(probed):

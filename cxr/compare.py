@@ -15,7 +15,6 @@ class Difference(NamedTuple):
     low: float
     high: float
     p_value: float
-    n: int
 
 
 class McNemar(NamedTuple):
@@ -26,11 +25,11 @@ class McNemar(NamedTuple):
     p_value: float
 
 
-def _difference(value, error, n, freedom=np.inf):
+def _difference(value, error, freedom=np.inf):
     """Return the `Difference` of an estimate with a standard error of `freedom` degrees (Student's t)."""
     reach = float(stats.t.ppf(0.975, freedom)) * error
     p_value = float(2 * stats.t.sf(abs(value) / error, freedom) if error > 0 else abs(value) < 1e-12)
-    return Difference(value, value - reach, value + reach, p_value, n)
+    return Difference(value, value - reach, value + reach, p_value)
 
 
 def delong(y_true, a, b):
@@ -46,7 +45,7 @@ def delong(y_true, a, b):
         shares[False].append(1 - (ranks[~truth] - stats.rankdata(score[~truth])) / truth.sum())
     gaps = [first - second for first, second in shares.values()]
     error = float(np.sqrt(sum(gap.var(ddof=1) / gap.size for gap in gaps if gap.size > 1)))
-    return _difference(float(gaps[0].mean()), error, truth.size)
+    return _difference(float(gaps[0].mean()), error)
 
 
 def paired_bootstrap(y_true, a, b, patient_id, *, num_resamples=1000, seed=0):
@@ -66,7 +65,7 @@ def paired_bootstrap(y_true, a, b, patient_id, *, num_resamples=1000, seed=0):
     spread = np.array([[auc[:, 0].var(ddof=1) / len(auc), len(auc) - 1] for auc in aucs if len(auc) > 1]).reshape(-1, 2)
     variance = np.var(draws, ddof=1) + spread[:, 0].sum()
     uncertain = (spread[:, 0] ** 2 / spread[:, 1]).sum()  # of the patients' part there are draws enough
-    return _difference(value, float(np.sqrt(variance)), truth.size, variance ** 2 / uncertain if uncertain else np.inf)
+    return _difference(value, float(np.sqrt(variance)), variance ** 2 / uncertain if uncertain else np.inf)
 
 
 def mcnemar(y_true, decision_a, decision_b):
@@ -97,7 +96,7 @@ def seed_average(frames):
     return first.assign(y_score=evaluate.round_scores(mean))
 
 
-def compare_groups(frames_a, frames_b, *, threshold="sensitivity_95", purposes=("classify", "classify")):
+def compare_groups(frames_a, frames_b, *, threshold="sensitivity_95", purpose="classify"):
     """Compare two runs, each a list of predictions tables (one a seed), on the test images that both scored.
 
     Returns a dict: `difference` (`paired_bootstrap` of the mean AUC over patients and seeds), `delong` (of the
@@ -105,7 +104,7 @@ def compare_groups(frames_a, frames_b, *, threshold="sensitivity_95", purposes=(
     where one has no such threshold).
     """
     tests, scores, decisions = [], [], []
-    for frames, purpose in zip((frames_a, frames_b), purposes, strict=True):
+    for frames in (frames_a, frames_b):
         average = seed_average(frames)
         cut = evaluate.frame_thresholds(average, purpose).get(threshold)
         tests.append(average[average["split"] == "test"].reset_index(drop=True))

@@ -2,8 +2,7 @@
 
 import dataclasses
 import pathlib
-
-import numpy as np
+import random
 
 from cxr import audit, records, splits
 from cxr import data as loader
@@ -61,7 +60,7 @@ def run_directory(profile, source):
 
 def start(notebook, *, profile="smoke", data="phantom", seed=0, num_seeds=None, image_size=None, epochs=None,
           needs=None):
-    """Seed NumPy and Keras, resolve and split the data, and return the `records.Run` of this notebook.
+    """Seed what Keras draws its seeds from, resolve and split the data, and return the `records.Run` of this notebook.
 
     Near duplicates (`cxr.audit`) are films of one patient to the split, whatever they are called.
 
@@ -79,13 +78,9 @@ def start(notebook, *, profile="smoke", data="phantom", seed=0, num_seeds=None, 
     if profile not in PROFILES:
         raise ValueError(f"PROFILE is {profile!r}; choose one of {', '.join(PROFILES)}.")
     chosen = dataclasses.replace(PROFILES[profile], image_size=image_size, epochs=epochs)
-    np.random.seed(seed)
+    random.seed(seed)
     cache = root() / "runs" / "cache"
-    source = str(data)
-    if source not in loader.SOURCES:  # a path given from the repository root must also hold inside notebooks/
-        source = ":".join(part if part in loader.SOURCES or pathlib.Path(part).is_absolute() else str(root() / part)
-                          for part in source.split(":"))
-    official = loader.load_manifest("phantom_covid" if needs and source == "phantom" else source, cache_dir=cache)
+    official = loader.load_manifest("phantom_covid" if needs and str(data) == "phantom" else data, cache_dir=cache)
     if needs and needs not in set(official["label"]):
         raise ValueError(f"{data} has no images of {needs}, which {notebook} needs. Join a folder that has, such as "
                          f"DATA={data}:path/to/{needs.lower()}.")

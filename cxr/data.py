@@ -22,8 +22,8 @@ import tqdm
 from cxr import decode, dedup, records, sources, splits
 
 SOURCES = sources.SOURCES
-FACTS = ["pixel_sha256", "height", "width", "mean_grey", "blur"]
-COLUMNS = ["image_id", "patient_id", "path", "label", "etiology", "split", "sha256", "source", *FACTS]
+COLUMNS = ["image_id", "patient_id", "path", "label", "etiology", "split", "sha256", "source", "pixel_sha256", "height",
+           "width", "mean_grey", "blur"]
 MAX_BYTES = 1 << 29
 
 
@@ -54,9 +54,7 @@ def load_manifest(source, *, cache_dir=None):
 
 
 def _parts(source):
-    if source in SOURCES or pathlib.Path(source).exists():
-        return [source]
-    return [part for chunk in source.split(os.pathsep) for part in chunk.split(":") if part] or [source]
+    return [source] if pathlib.Path(source).exists() else list(filter(None, source.split(":"))) or [source]
 
 
 def _load_one(source, cache):
@@ -70,7 +68,7 @@ def _load_one(source, cache):
     table = pd.crosstab(manifest["split"], manifest["label"])
     found = {split: {label: int(n) for label, n in row.items() if n and label} for split, row in table.iterrows()}
     expected = SOURCES.get(attrs["source"], {}).get("counts")
-    if attrs.pop("strict") and found != expected:
+    if source == "kaggle" and found != expected:
         raise ValueError(f"{attrs['root']}: this download holds {found}; expected {expected}. Delete and repeat it.")
     manifest.attrs = {**attrs, "counts": {"found": found, "expected": expected}}
     return manifest

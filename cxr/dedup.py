@@ -1,4 +1,4 @@
-"""Exact duplicates by bytes and by decoded pixels, and near duplicates that are verified, not merely hashed.
+"""Near duplicates that are verified, not merely hashed; exact ones are equal in a manifest's `pixel_sha256`.
 
 All chests look alike: at distance 0 an 8 x 8 difference hash matches 67 test images of `chest_xray` to other patients.
 So cheap descriptors only propose pairs, fewer and fewer, and a pair counts when, after affine alignment, its fine
@@ -20,12 +20,6 @@ _NEIGHBOURS, _ALIKE = 3, 0.35  # proposals an image, and the least likeness of o
 _STRETCHES = 0.8, 0.9, 1.0, 1.1, 1.25  # of the height: films of other proportions were squeezed to one square
 _NEAR = 0.66  # correlation at the best stretch and shift above which a pair is aligned: copies reach 0.70, most do not
 _LIKELY = 0.8  # after a coarse alignment, above which it is looked at closely: verified copies reach 0.86, others 0.75
-
-
-def exact_groups(manifest, column="pixel_sha256"):
-    """Return the sorted lists of `image_id` that share `column`: `sha256` (bytes) or `pixel_sha256` (pixels)."""
-    groups = manifest[manifest.duplicated(column, keep=False)].groupby(column)["image_id"]
-    return sorted(sorted(part) for _, part in groups)
 
 
 def near_pairs(images):

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 
 from cxr import decode, evaluate, records, sources, train
-from cxr.backup import save_atomic
 from cxr.device import outputs
+from cxr.records import save_atomic
 
 SHORT = 12  # hexadecimal digits that tell a picture from others
 SIDE = 32  # of the mean image: enough to know a chest from a hand, too little to know a patient

@@ -54,11 +54,6 @@ def bare_tensorflow():
     return keras.backend.backend() == "tensorflow" and on_cpu()
 
 
-def jit_compile():
-    """Return Keras's option: XLA halves the speed of convolutions on a CPU under TensorFlow; elsewhere Keras knows."""
-    return False if bare_tensorflow() else "auto"
-
-
 def precision():
     """Return the dtype policy that pays: bfloat16 where the device multiplies it in hardware, else float32.
 
@@ -105,7 +100,8 @@ def compiled(model, optimizer, loss=None, **options):
     The optimizer is built before the first step: variables that are made inside it would have it traced twice.
     """
     _fuse_normalization(model)
-    model.compile(optimizer, loss, jit_compile=jit_compile(), **options)
+    jit = False if bare_tensorflow() else "auto"  # there XLA halves the speed of convolutions; elsewhere Keras knows
+    model.compile(optimizer, loss, jit_compile=jit, **options)
     model.optimizer.build(model.trainable_variables)
     return model
 
@@ -192,29 +188,16 @@ def blueprint(model):
     return re.sub(r'"seed": \d+', "", model.to_json())
 
 
-def at_once():
-    """Return how many images a network sees at once outside training.
-
-    Few on a processor, whose caches then hold what stands between the layers: a quarter to a half less time than 256.
-    """
-    return 32 if on_cpu() else 256
-
-
-def windows(count, size):
-    """Return slices that cover `count` items, all of one length, so that a network is traced once.
-
-    The last one reaches back over its neighbour.
-    """
-    size = min(size, count)
-    return [slice(start, start + size) for start in (*range(0, count - size, size), count - size)]
-
-
 def in_windows(model, inputs):
-    """Yield `(slice, outputs)` of `windows` over `n` inputs, as `model` takes them.
+    """Yield `(slice, outputs)` over `n` inputs, as `model` takes them; the last slice reaches back over its neighbour.
 
-    One small network does not fill several cores, so that a few windows go side by side: a third less time on two.
+    All are of one length, so that the network is traced once. A processor sees few images at once, so that its caches
+    hold what stands between the layers: a quarter to a half less time than 256. One small network does not fill several
+    cores, so that a few windows go side by side: a third less time on two.
     """
-    parts = windows(len(inputs), at_once())
+    size = min(32 if on_cpu() else 256, len(inputs))
+    starts = (*range(0, len(inputs) - size, size), len(inputs) - size)
+    parts = [slice(start, start + size) for start in starts]
     _fuse_normalization(model)
 
     def apply(window):

@@ -34,13 +34,10 @@ def map(function, jobs):
     workers = os.environ.get("CXR_WORKERS", "1")
     if not workers.isdecimal() or int(workers) < 1:
         raise ValueError(f"CXR_WORKERS is {workers!r}; expected the number of local processes, such as 2.")
-    if not jobs:
-        return []
-    if name == "ray":
+    if name == "ray" and jobs:
         return _on_ray(function, jobs)
-    if min(int(workers), len(jobs)) == 1:
-        return [function(job) for job in jobs]
-    return _locally(function, jobs, min(int(workers), len(jobs)))
+    workers = min(int(workers), len(jobs))
+    return _locally(function, jobs, workers) if workers > 1 else [function(job) for job in jobs]
 
 
 def _progress(finished, jobs):

@@ -57,8 +57,7 @@ def choose_thresholds(y_true, y_score):
     # searchsorted keeps ties together (images that share a score fall on one side); integers keep the maximum exact.
     tp, fp = (part.sum() - np.searchsorted(np.sort(score[part]), candidates) for part in (truth, ~truth))
     best = np.argmax(tp * (~truth).sum() - fp * truth.sum())
-    return {"half": 0.5, "youden": float(candidates[best]),
-            "sensitivity_95": threshold_for_sensitivity(truth, score, 0.95)}
+    return {"youden": float(candidates[best]), "sensitivity_95": threshold_for_sensitivity(truth, score, 0.95)}
 
 
 def threshold_for_sensitivity(y_true, y_score, sensitivity):
@@ -66,13 +65,6 @@ def threshold_for_sensitivity(y_true, y_score, sensitivity):
     truth, score = check(y_true, round_scores(y_score))
     ordered = np.sort(score[truth])
     return float(ordered[int(np.floor((1 - sensitivity) * ordered.size + 1e-9))])
-
-
-def per_thousand(sensitivity, specificity, prevalence):
-    """Return the expected counts among 1,000 patients: dict `found`, `missed`, `false_alarms`, `cleared`."""
-    sick = 1000 * prevalence
-    return {"found": sick * sensitivity, "missed": sick * (1 - sensitivity),
-            "false_alarms": (1000 - sick) * (1 - specificity), "cleared": (1000 - sick) * specificity}
 
 
 def net_benefit(y_true, probability, thresholds):
@@ -117,9 +109,9 @@ def ranking(truth, score, weight):
     return {"auc": auc, "average_precision": (tied_p * precision).sum(0) / positive}
 
 
-def _bins(probability, num_bins):
-    """One-hot `(n, num_bins)` of equal-width probability bins; 1.0 falls into the last."""
-    return np.eye(num_bins)[np.minimum((probability * num_bins).astype(int), num_bins - 1)]
+def _bins(probability):
+    """One-hot `(n, NUM_BINS)` of equal-width probability bins; 1.0 falls into the last."""
+    return np.eye(NUM_BINS)[np.minimum((probability * NUM_BINS).astype(int), NUM_BINS - 1)]
 
 
 def _all_metrics(truth, score, weight, thresholds, probability):
@@ -127,7 +119,7 @@ def _all_metrics(truth, score, weight, thresholds, probability):
     result, total, positive = ranking(truth, score, weight), weight.sum(0), truth @ weight
     if probability:
         result["brier"] = (score - truth) ** 2 @ weight / total
-        result["ece"] = np.abs((_bins(score, NUM_BINS) * (truth - score)[:, None]).T @ weight).sum(0) / total
+        result["ece"] = np.abs((_bins(score) * (truth - score)[:, None]).T @ weight).sum(0) / total
     called = (score >= np.array(list(thresholds.values()))[:, None]).astype(float)
     for name, tp, calls in zip(thresholds, (called * truth) @ weight, called @ weight, strict=True):
         fp, fn = calls - tp, positive - tp
@@ -175,12 +167,6 @@ def patient_weights(y_true, patient_id, num_resamples, seed):
     return weight
 
 
-def interval(draws, value):
-    """Return the 2.5 and 97.5 percentiles of the draws that are not NaN; NaN twice where `value` is undefined."""
-    draws = draws[~np.isnan(draws)]
-    return (np.nan, np.nan) if np.isnan(value) or not draws.size else map(float, np.quantile(draws, (0.025, 0.975)))
-
-
 def metrics_with_intervals(y_true, y_score, patient_id, thresholds, *, num_resamples=1000, seed=0, probability=True):
     """Return `metrics` as `Estimate`s whose 95 % percentile intervals come from resampling whole patients.
 
@@ -192,12 +178,14 @@ def metrics_with_intervals(y_true, y_score, patient_id, thresholds, *, num_resam
     values = metrics(y_true, y_score, thresholds, probability=probability)
     truth, score = check(y_true, y_score)
     weight = patient_weights(truth, patient_id, num_resamples, seed)
-    draws = _all_metrics(truth, score, weight, thresholds, probability)
-    found = {name: Estimate(value, *interval(draws[name], value), truth.size) for name, value in values.items()}
-    for name, (value, low, high, n) in found.items():
+    found = {}
+    for name, draws in _all_metrics(truth, score, weight, thresholds, probability).items():
+        draws, value = draws[~np.isnan(draws)], values[name]
+        low, high = map(float, np.quantile(draws, (0.025, 0.975))) if draws.size else (np.nan, np.nan)
         if low == high and value in (0, 1):
             patients = _patients_behind(name, truth, score, np.asarray(patient_id), thresholds)
-            found[name] = wilson(value * patients, patients)._replace(n=n)
+            _, low, high, _ = wilson(value * patients, patients)
+        found[name] = Estimate(value, low, high, truth.size)
     return found
 
 
@@ -210,10 +198,9 @@ def _patients_behind(metric, truth, score, patient_id, thresholds):
     return min(np.unique(patient_id[part]).size for part in ((truth, ~truth) if rows is None else (rows,)))
 
 
-def bootstrap_auc(y_true, y_score, patient_id, *, num_resamples=1000, seed=0):
+def bootstrap_auc(y_true, y_score, patient_id):
     """Return the ROC AUC as an `Estimate`, resampling whole patients; 0.5 is chance. Source: Hanley & McNeil 1982."""
-    return metrics_with_intervals(y_true, y_score, patient_id, {}, num_resamples=num_resamples, seed=seed,
-                                  probability=False)["auc"]
+    return metrics_with_intervals(y_true, y_score, patient_id, {}, probability=False)["auc"]
 
 
 def wilson(k, n):
@@ -222,18 +209,18 @@ def wilson(k, n):
     return Estimate(k / n, float(low), float(high), int(n))
 
 
-def reliability_curve(y_true, probability, num_bins=NUM_BINS):
+def reliability_curve(y_true, probability):
     """Return mean predicted probability, observed share of positives and count of each bin that is not empty."""
     truth, probability = check(y_true, probability, probability=True)
-    bins = _bins(probability, num_bins)
+    bins = _bins(probability)
     bins = bins[:, bins.any(0)]
     count = bins.sum(0)
     return probability @ bins / count, truth @ bins / count, count.astype(int)
 
 
-def expected_calibration_error(y_true, probability, num_bins=NUM_BINS):
+def expected_calibration_error(y_true, probability):
     """Return the mean gap of `reliability_curve`, weighted by count, in [0, 1]. Source: Guo et al. 2017."""
-    predicted, observed, count = reliability_curve(y_true, probability, num_bins)
+    predicted, observed, count = reliability_curve(y_true, probability)
     return float(np.abs(predicted - observed) @ count / count.sum())
 
 
@@ -260,11 +247,6 @@ def blur_score(images):
     return np.array([-np.hypot(*np.gradient(np.asarray(image, np.float32))).mean() for image in images], dtype=float)
 
 
-def mean_grey(images):
-    """Return the mean grey level of uint8 `(n, height, width)`: float `(n,)` in [0, 255]."""
-    return np.array([np.mean(image) for image in images], dtype=float)
-
-
 def _is_probability(frame, purpose):
     return purpose == "classify" or (purpose == "baseline" and bool(frame["y_score"].between(0, 1).all()))
 
@@ -280,11 +262,11 @@ def frame_thresholds(frame, purpose="classify"):
             thresholds[f"normal_95{suffix}"] = anomaly_threshold(rows.loc[rows["y_true"] == 0, "y_score"])
         if rows["y_true"].nunique() == 2:
             chosen = choose_thresholds(rows["y_true"], rows["y_score"])
-            thresholds |= {name + suffix: value for name, value in chosen.items() if name != "half"}
+            thresholds |= {name + suffix: value for name, value in chosen.items()}
     return {"half": 0.5} | thresholds if _is_probability(frame, purpose) else thresholds
 
 
-def record_metrics(frame, *, purpose="classify", num_resamples=1000, seed=0):
+def record_metrics(frame, *, purpose="classify", num_resamples=1000):
     """Turn a predictions table into the blocks `{"metrics", "thresholds", "calibration"}` of its record.
 
     Args:
@@ -306,7 +288,7 @@ def record_metrics(frame, *, purpose="classify", num_resamples=1000, seed=0):
         if name.startswith("val") and rows["y_true"].nunique() < 2:
             continue
         found = metrics_with_intervals(rows["y_true"], rows["y_score"], rows["patient_id"], thresholds,
-                                       num_resamples=num_resamples, seed=seed, probability=probability)
+                                       num_resamples=num_resamples, probability=probability)
         blocks[name] = as_json({key: estimate for key, estimate in found.items()
                                 if not more or key.startswith(("auc", "accuracy@"))})
     return {"metrics": blocks, "thresholds": thresholds,

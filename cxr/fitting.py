@@ -9,7 +9,7 @@ import numpy as np
 from sklearn import metrics
 
 from cxr import augment
-from cxr.backup import back_up, load, restore, spent
+from cxr.backup import back_up, load, restore, state_of
 from cxr.device import compiled_once, copy_state, num_devices, predict
 from cxr.objective import DiscriminativeAdamW, HardAUC, WeightedBinaryCrossentropy, class_weights
 
@@ -38,7 +38,6 @@ class Recipe:
             1 : 1); `offline` (the caller adds images, see `repeat`).
         augment: a strategy's name, see `augment.stack`.
         mixing: `[mode, ratio]` of `augment.mix`, or `None`.
-        label_smoothing: share of each label given to the other class.
         select: `last` epoch, or the `best` on `monitor`.
         monitor: `val_auc`, or `shifted_auc`: AUC on the shifted validation images.
         patience: epochs without a better `monitor` after which training stops, or `None`.
@@ -57,7 +56,6 @@ class Recipe:
     balance: str = "none"
     augment: str = "none"
     mixing: tuple | None = None
-    label_smoothing: float = 0.0
     select: str = "best"
     monitor: str = "val_auc"
     patience: int | None = None
@@ -149,15 +147,13 @@ class Watch(keras.callbacks.Callback):
         super().__init__()
         self.watched, self.recipe, self.folder = watched, recipe, pathlib.Path(folder)
         self.history, self.best_epoch = {}, None
-        self.began = time.monotonic() - spent(self.folder)
+        self.began = time.monotonic() - state_of(self.folder).get("seconds", 0.0)
 
     def restore(self, model):
         """Load the backup into `model`, if there is one, and return the epoch to go on with."""
         state = restore(model, self.folder)
-        if state is None:
-            return 0
-        self.history, self.best_epoch = state["history"], state["best_epoch"]
-        return state["epoch"]
+        self.history, self.best_epoch = state.get("history", {}), state.get("best_epoch")
+        return state.get("epoch", 0)
 
     def finished(self, epoch):
         """Return whether training ends after `epoch` epochs: all done, or `patience` without a better monitor."""
@@ -188,7 +184,7 @@ class Watch(keras.callbacks.Callback):
 def _compile(model, recipe, labels, steps):
     """Return a compiled copy of `model`, as `compiled_once` does."""
     negative, positive = class_weights(labels, recipe.balance)
-    loss = WeightedBinaryCrossentropy(float(negative), float(positive), recipe.label_smoothing)
+    loss = WeightedBinaryCrossentropy(float(negative), float(positive))
     rate = recipe.learning_rate
     if recipe.schedule == "cosine":
         rate = keras.optimizers.schedules.CosineDecay(0.0, max(1, steps * (recipe.epochs - 1)),

@@ -11,9 +11,11 @@ import time
 import keras
 import numpy as np
 from keras import layers, ops
-from sklearn import metrics, neighbors
+from scipy.spatial import distance
+from sklearn import neighbors
 
-from cxr.backup import back_up, restore, save_atomic, spent
+from cxr import models, records
+from cxr.backup import back_up, restore, state_of
 from cxr.data import cache_folder
 from cxr.device import compiled_once, copy_state, outputs
 from cxr.fitting import Batches
@@ -106,14 +108,14 @@ class GAN(keras.Model):
     def __init__(self, generator, discriminator, augmentation=(), low=-1.0, noise_seed=None, **kwargs):
         super().__init__(**kwargs)
         self.generator, self.discriminator = generator, discriminator
-        self.stack, self.low = list(augmentation), low
+        self.view, self.low = models.TrainingOnly(augmentation, dtype="float32"), low
         self.noise = keras.random.SeedGenerator(noise_seed)
         self.generator_loss, self.discriminator_loss = (keras.metrics.Mean(name=name) for name in
                                                         ("generator_loss", "discriminator_loss"))
 
     def get_config(self):
         """Return what rebuilds the GAN."""
-        return {"generator": self.generator, "discriminator": self.discriminator, "augmentation": self.stack,
+        return {"generator": self.generator, "discriminator": self.discriminator, "augmentation": self.view.stack,
                 "low": self.low}
 
     @classmethod
@@ -129,23 +131,18 @@ class GAN(keras.Model):
         scale = layers.Rescaling(2 / (1 - self.low), -(1 + self.low) / (1 - self.low), dtype="float32")
         return keras.Model(self.generator.input, scale(self.generator.output), name="painter")
 
-    def build(self, input_shape):
-        """Build what moves the images about; generator and discriminator come built."""
-        for layer in self.stack:
-            layer.build(input_shape)
-
     def call(self, images, training=False):
         """Return both losses for a batch of uint8 images: dict of scalars."""
         real = self.low + (1 - self.low) * ops.cast(images, "float32") / 255
         codes = keras.random.normal((ops.shape(images)[0], LATENT), seed=self.noise)
         fake = self.generator(codes, training=training)
-        seen = self._augmented(ops.concatenate([real, ops.stop_gradient(fake)]), training)
+        seen = self.view(ops.concatenate([real, ops.stop_gradient(fake)]), training=training)
         logits = self.discriminator(seen, training=training)
         on_real, on_fake = ops.split(logits, 2)
         held = [ops.stop_gradient(variable.value) for variable in self.discriminator.trainable_variables]
         judged, _ = self.discriminator.stateless_call(
             held, [variable.value for variable in self.discriminator.non_trainable_variables],
-            self._augmented(fake, training), training=False)
+            self.view(fake, training=training), training=False)
         return {"generator_loss": ops.mean(ops.softplus(-judged)),
                 "discriminator_loss": ops.mean(ops.softplus(-on_real)) + ops.mean(ops.softplus(on_fake))}
 
@@ -155,15 +152,6 @@ class GAN(keras.Model):
             getattr(self, name).update_state(loss)
         return sum(y_pred.values())
 
-    def _augmented(self, images, training):
-        for layer in self.stack if training else ():
-            images = layer(images, training=True)
-        return images
-
-
-class GANError(RuntimeError):
-    """Training that cannot go on: a loss is not a number, or every fake is the same."""
-
 
 class _Progress(keras.callbacks.Callback):
     """After each epoch: losses, fakes of fixed codes now and then, a backup; and a stop where it makes no sense."""
@@ -172,31 +160,23 @@ class _Progress(keras.callbacks.Callback):
         super().__init__()
         self.folder, self.every, self.codes = pathlib.Path(folder), every, codes
         self.history, self.film = {"generator_loss": [], "discriminator_loss": []}, []
-        self.began = time.monotonic() - spent(self.folder)
+        self.began = time.monotonic() - state_of(self.folder).get("seconds", 0.0)
 
     def on_epoch_end(self, epoch, logs=None):
         for name, values in self.history.items():
             values.append(round(float(logs[name]), 5))
         if not np.isfinite([values[-1] for values in self.history.values()]).all():
-            raise GANError(f"Epoch {epoch + 1}: a loss is not a number. Lower the learning rate; the last backup is in "
-                           f"{self.folder}.")
+            raise RuntimeError(f"Epoch {epoch + 1}: a loss is not a number. Lower the learning rate; the last backup "
+                               f"is in {self.folder}.")
         if (epoch + 1) % self.every == 0 or epoch + 1 == self.params["epochs"]:
             fakes = sample(self.model.painter, codes=self.codes)
             if fakes.astype("float32").std(0).mean() < 0.5:
-                raise GANError(f"Epoch {epoch + 1}: all fakes are alike (mode collapse). Try another seed, or augment.")
+                raise RuntimeError(f"Epoch {epoch + 1}: all fakes are alike (mode collapse). Try another seed.")
             self.film.append(fakes)
         film = np.stack(self.film) if self.film else np.empty(0, "uint8")
-        save_atomic(lambda path: np.save(path, film), self.folder / "film.npy")
+        records.save_atomic(lambda path: np.save(path, film), self.folder / "film.npy")
         back_up(self.model, self.folder, epoch + 1, keep=(epoch + 1,), history=self.history, pictures=len(self.film),
                 seconds=round(time.monotonic() - self.began, 2))
-
-
-def _restore(progress, model):
-    state = restore(model, progress.folder)
-    if state is None:
-        return 0
-    progress.history, progress.film = state["history"], list(np.load(progress.folder / "film.npy"))[:state["pictures"]]
-    return state["epoch"]
 
 
 def fit(model, images, *, epochs, seed, folder, batch_size=64, learning_rate=2e-4, average=None, every=10):
@@ -217,12 +197,10 @@ def fit(model, images, *, epochs, seed, folder, batch_size=64, learning_rate=2e-
     Raises:
         ValueError: fewer images than a batch, one image, or constant ones.
         PermissionError: `folder` cannot be written.
-        GANError: a loss that is not a number, or all fakes alike.
+        RuntimeError: a loss that is not a number, or all fakes alike.
     """
     if len(images) < batch_size:
         raise ValueError(f"{len(images)} real images are fewer than a batch of {batch_size}: take a smaller batch.")
-    if len(images) < 2:
-        raise ValueError("A GAN needs at least two real images; got one, of which it could only make copies.")
     if images.std((1, 2)).max() < 1:
         raise ValueError("All images are constant: there is nothing to draw. Check how they were decoded.")
     cache_folder(folder)
@@ -232,29 +210,20 @@ def fit(model, images, *, epochs, seed, folder, batch_size=64, learning_rate=2e-
     optimizer = Adam(learning_rate, beta_1=0.5, use_ema=average is not None, ema_momentum=average or 0.99)
     model(images[:2][..., None])
     trained = compiled_once(model, optimizer)
-    batches.epoch = epoch = _restore(progress, trained)
+    if state := restore(trained, progress.folder):
+        progress.history = state["history"]
+        progress.film = list(np.load(progress.folder / "film.npy"))[:state["pictures"]]
+    batches.epoch = epoch = state.get("epoch", 0)
     batches.shuffle()
     if epoch < epochs:
         trained.fit(batches, epochs=epochs, initial_epoch=epoch, callbacks=[progress], verbose=2, shuffle=False)
     if average is not None:
         trained.optimizer.finalize_variable_values(trained.trainable_variables)
-        _settle(trained.generator, codes)
+        rng = np.random.default_rng(0)
+        for _ in range(20):  # batch normalisation has never seen the averaged weights' statistics
+            trained.generator(rng.normal(size=(64, LATENT)).astype("float32"), training=True)
     copy_state(trained, model)
     return progress.history, np.stack(progress.film)
-
-
-def _settle(generator, codes):
-    """Let batch normalisation meet the averaged weights, whose statistics it has never seen."""
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        generator(rng.normal(size=(64, codes.shape[1])).astype("float32"), training=True)
-
-
-def contact_sheets(film, columns=4):
-    """Return each picture of a film as one sheet: uint8 `(n, k, size, size)` to `(n, rows * size, columns * size)`."""
-    n, count, size, _ = film.shape
-    return film.reshape(n, count // columns, columns, size, size).swapaxes(2, 3).reshape(
-        n, count // columns * size, columns * size)
 
 
 def sample(generator, count=None, *, seed=0, codes=None):
@@ -286,8 +255,7 @@ def density_and_coverage(real, fake, k=5):
     """Return how often fakes lie near reals, and which share of reals has a fake near it (Naeem et al. 2020)."""
     reals = neighbors.NearestNeighbors(n_neighbors=k + 1).fit(real)
     radius = reals.kneighbors(real)[0][:, -1]
-    distance = np.linalg.norm(real[:, None] - fake[None], axis=-1)
-    inside = distance < radius[:, None]
+    inside = distance.cdist(real, fake) < radius[:, None]
     return float(inside.sum() / (k * len(fake))), float(inside.any(1).mean())
 
 
@@ -313,6 +281,4 @@ def fid(real, fake):
 
 def spread(real, fake):
     """Return the mean distance between two fakes over that between two reals: 1 as varied, 0 all alike."""
-    across = [metrics.pairwise_distances(rows[:500])[np.triu_indices(min(500, len(rows)), 1)].mean()
-              for rows in (fake, real)]
-    return float(across[0] / across[1])
+    return float(distance.pdist(fake[:500]).mean() / distance.pdist(real[:500]).mean())

@@ -3,7 +3,6 @@
 Images are uint8 `(n, size, size)`. Fakes of real patients are derived from patients: they stay in `runs/`.
 """
 
-import dataclasses
 import shutil
 import time
 from typing import NamedTuple
@@ -12,13 +11,12 @@ import keras
 import numpy as np
 import pandas as pd
 
-from cxr import augment, backup, deploy, device, fitting, gan, models, objective, train
+from cxr import augment, backup, deploy, device, fitting, gan, models, objective, records, train
 
 NUM_FAKES = 500
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """What decides a GAN besides data and seed.
 
     Attributes:
@@ -74,7 +72,7 @@ def trained(run, variant, recipe, build, images, manifest, spaces, seed=0):
     Raises:
         FileNotFoundError: the record is there, and its generator is on another machine.
     """
-    config = dataclasses.asdict(recipe)
+    config = recipe._asdict()
     run_id = run.run_id(variant, config, seed, manifest)
     path, film_path = (run.directory / place for place in (f"models/{run_id}.keras", f"cache/films/{run_id}.npy"))
     if record := run.load(run_id):
@@ -82,14 +80,14 @@ def trained(run, variant, recipe, build, images, manifest, spaces, seed=0):
     start = time.monotonic()
     device.start_fresh(seed)
     folder = run.backup(run_id)
-    earlier = backup.spent(folder)
+    earlier = backup.state_of(folder).get("seconds", 0.0)
     real = images[train_rows(manifest, recipe.label)]
     model = build(recipe.image_size, seed)
     history, film = gan.fit(model, real, epochs=recipe.epochs, batch_size=recipe.batch_size, average=recipe.average,
                             seed=seed, folder=folder, every=max(1, recipe.epochs // 8))
     done, generator = time.monotonic(), model.painter
-    backup.save_atomic(generator.save, path)
-    backup.save_atomic(lambda place: np.save(place, film), film_path)
+    records.save_atomic(generator.save, path)
+    records.save_atomic(lambda place: np.save(place, film), film_path)
     held = {name: np.flatnonzero(manifest["split"].eq(name) & manifest["label"].eq(recipe.label))
             for name in ("val", "test")}
     judged = judge(generator, real, images[np.concatenate(list(held.values()))], spaces, seed=seed)
@@ -159,10 +157,13 @@ def real_or_fake(generator, real, images, manifest, held, *, seed=0, epochs=3):
     for name, rows in held.items():
         about = manifest.iloc[rows][["image_id", "patient_id", "split"]]
         parts.append(about.assign(y_true=0, y_score=device.predict(model, images[rows])))
-        fakes = [f"fake/{name}/{number:04d}" for number in range(len(rows))]
-        parts.append(pd.DataFrame({"image_id": fakes, "patient_id": fakes, "split": name, "y_true": 1,
-                                   "y_score": device.predict(model, drawn[name])}))
+        parts.append(_fakes(f"fake/{name}", name, device.predict(model, drawn[name])))
     return pd.concat(parts, ignore_index=True)
+
+
+def _fakes(prefix, split, scores):
+    names = [f"{prefix}/{number:04d}" for number in range(len(scores))]
+    return pd.DataFrame({"image_id": names, "patient_id": names, "split": split, "y_true": 1, "y_score": scores})
 
 
 def duplicated(images, count, seed):
@@ -244,7 +245,5 @@ def scored_with_fakes(run, variant, model, record, fakes, images, manifest):
         return found
     table = run.predictions(record)
     table = table[~(table["split"].str.startswith("test") & table["y_true"].eq(1))]
-    names = [f"fake/{number:04d}" for number in range(len(fakes))]
-    added = pd.DataFrame({"image_id": names, "patient_id": names, "split": "test", "y_true": 1,
-                          "y_score": device.predict(model, fakes)})
-    return run.save(variant, config, record["seed"], pd.concat([table, added], ignore_index=True), manifest=manifest)
+    table = pd.concat([table, _fakes("fake", "test", device.predict(model, fakes))], ignore_index=True)
+    return run.save(variant, config, record["seed"], table, manifest=manifest)

@@ -109,16 +109,6 @@ def silhouette(images, probability):
     return found
 
 
-def lost_silhouette(normal, features):
-    """Return the score of `silhouette` features: less contrast and more doubt than in normals, float `(n,)`.
-
-    Args:
-        normal: float `(m, 2)`, of the normal training images, whose mean and deviation are the units.
-        features: float `(n, 2)`.
-    """
-    return ((features - normal.mean(0)) / normal.std(0)) @ np.array([-1.0, 1.0])
-
-
 def dice(found, true):
     """Return the Dice score of each pair of bool masks `(n, size, size)`: float `(n,)`, 1 where both are empty."""
     both, total = (found & true).sum((1, 2)), found.sum((1, 2)) + true.sum((1, 2))

@@ -16,21 +16,20 @@ class WeightedBinaryCrossentropy(keras.losses.Loss):
     losses for mixed ones.
     """
 
-    def __init__(self, negative=1.0, positive=1.0, label_smoothing=0.0, name="loss"):
-        super().__init__(name=name)
-        self.negative, self.positive, self.label_smoothing = negative, positive, label_smoothing
+    def __init__(self, negative=1.0, positive=1.0):
+        super().__init__(name="loss")
+        self.negative, self.positive = negative, positive
 
     def call(self, y_true, y_pred):
         """Return the loss of each image, float `(batch,)`."""
-        y_true = ops.cast(y_true, y_pred.dtype) * (1 - self.label_smoothing) + self.label_smoothing / 2
+        y_true = ops.cast(y_true, y_pred.dtype)
         y_pred = ops.clip(y_pred, 1e-7, 1 - 1e-7)
         terms = self.positive * y_true * ops.log(y_pred) + self.negative * (1 - y_true) * ops.log(1 - y_pred)
         return -ops.mean(terms, axis=-1)
 
     def get_config(self):
         """Return what rebuilds the loss."""
-        return {"negative": self.negative, "positive": self.positive, "label_smoothing": self.label_smoothing,
-                "name": self.name}
+        return {"negative": self.negative, "positive": self.positive}
 
 
 class HardAUC(keras.metrics.AUC):

@@ -120,20 +120,19 @@ def _burn(image, rng, marker, size):
     return image
 
 
-def write(directory, *, seed=0, num_train=560, num_val=16, num_test=220, size=256, kinds=KINDS[:3],
+def write(directory, *, seed=0, num_train=560, num_val=16, num_test=220, size=256,
           duplicates=8, duplicates_across_splits=0, near_duplicates=6,
           shift=1.0, shortcut=0.0, shortcut_test=None, covid=0):  # fmt: skip
     """Write a phantom set as `train|val|test/<CLASS>/*.jpeg` with `masks/{lung,lesion}/<split>/<stem>.png` beside.
 
-    The folder appears complete or not at all. A folder that already holds this very set is left as it is; another
-    phantom is replaced. `phantom.json` holds the summary that is returned: parameters, counts, planted pairs.
+    The folder appears complete or not at all; one that holds this very set is left as it is, another phantom replaced,
+    anything else refused (`ValueError`). Returns what `phantom.json` holds: parameters, counts, planted pairs.
 
     Args:
         directory: folder to make; must be new, empty, or an earlier phantom.
         seed: int; equal seeds give equal bytes on one machine.
         num_train, num_val, num_test: images in each split, planted copies included.
         size: side of the images in pixels.
-        kinds: `normal` and what counts as pneumonia: `bacterial` (two of three), `viral`.
         duplicates: exact copies under another name: three quarters in train, the others in test.
         duplicates_across_splits: test images that are exact copies of train images.
         near_duplicates: train images that are brightened, moved, re-encoded copies of others.
@@ -141,11 +140,8 @@ def write(directory, *, seed=0, num_train=560, num_val=16, num_test=220, size=25
         shortcut: probability in [0, 1] that the side marker gives the label away (L on pneumonia, R on normal).
         shortcut_test: the same for test, in [-1, 1]; negative ties it the wrong way round; `None`: as `shortcut`.
         covid: images of a third class, `COVID19`, four fifths of them in train.
-
-    Raises:
-        ValueError: an argument outside its range, or a folder that holds something else.
     """
-    parameters = {key: value for key, value in locals().items() if key != "directory"} | {"kinds": list(kinds)}
+    parameters = {key: value for key, value in locals().items() if key != "directory"}
     counts = _check(parameters)
     summary = {"generator": "cxr.phantom", "synthetic": True, "code": code_sha256(), "parameters": parameters}
     directory = pathlib.Path(directory).resolve()
@@ -203,14 +199,11 @@ def _check(p):
         _require(0 <= p[name] <= most, f"{name} is {p[name]}, expected a number in [0, {most}].")
     tied = p["shortcut_test"]
     _require(tied is None or -1 <= tied <= 1, f"shortcut_test is {tied}, expected None or a number in [-1, 1].")
-    _require(p["kinds"] and set(p["kinds"]) <= set(KINDS[:3]),
-             f"kinds is {p['kinds']}, expected some of {', '.join(KINDS[:3])}; COVID-like: covid=n.")  # fmt: skip
-    chosen, counts = [kind for kind in KINDS[:3] if kind in p["kinds"]], {}
+    counts = {}
     for split, ratio in RATIO.items():
-        weights = {"normal": 1, "bacterial": ratio * 2 / 3, "viral": ratio / 3}
-        parts = np.cumsum([0] + [weights[kind] for kind in chosen])
+        parts = np.cumsum([0, 1, ratio * 2 / 3, ratio / 3])  # of the pneumonias two of three are bacterial
         edges = np.round(parts / parts[-1] * p[f"num_{split}"]).astype(int)
-        counts |= {(split, kind): int(n) for kind, n in zip(chosen, np.diff(edges), strict=True)}
+        counts |= {(split, kind): int(n) for kind, n in zip(KINDS, np.diff(edges), strict=False)}
     counts |= {("train", "covid"): round(p["covid"] * 0.8), ("test", "covid"): p["covid"] - round(p["covid"] * 0.8)}
     return counts
 

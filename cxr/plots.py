@@ -54,12 +54,10 @@ def _mark(axis, lines, *, top, step):
 
 
 @_styled
-def image_grid(images, titles=None, *, columns=6, heat=None, masks=None, colours=None):
-    """Show grey images `(n, height, width)`, any range, in rows of `columns`.
+def image_grid(images, titles=None, *, columns=6, heat=None, masks=None):
+    """Show grey images `(n, height, width)`, any range, in rows of `columns`, with `titles` above.
 
-    Args:
-        titles: n strings above the images; `colours`: n colours of these titles.
-        heat: float `(n, height, width)` in [0, 1], laid over (transparent at 0); `masks`: bool, drawn as contours.
+    `heat`: float of that shape in [0, 1], laid over (transparent at 0); `masks`: bool, drawn as contours.
     """
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
@@ -75,8 +73,7 @@ def image_grid(images, titles=None, *, columns=6, heat=None, masks=None, colours
         if masks is not None and np.any(masks[k]):
             axis.contour(masks[k], levels=[0.5], colors=["#56B4E9"], linewidths=1.3)
         if titles is not None:
-            axis.set_title(titles[k], y=1, fontsize=9, loc="center", fontweight="normal",
-                           color=INK if colours is None else colours[k])
+            axis.set_title(titles[k], y=1, fontsize=9, loc="center", fontweight="normal", color=INK)
     return figure
 
 

@@ -90,18 +90,17 @@ def _picture_warnings(image, pixels, distance, about):
     """Return what is odd about one image that was read."""
     known, found = about["known"], []
     small = decode.fit(image, deploy.SIDE).astype("float32")
-    turns = [deploy.likeness(np.rot90(small, k), known) for k in range(4)]
+    upright, *turned = turns = [deploy.likeness(np.rot90(small, k), known) for k in range(4)]
+    rotated = f"rotated by {90 * int(np.argmax(turns))} degrees?"
     if small.std() < 4:
         found.append("nearly constant image")
-    elif turns[0] < known["smallest_likeness"]:
-        if turns[0] < -0.2 and -turns[0] >= max(turns):
-            found.append("inverted? dark and bright are exchanged")
-        elif max(turns[1:]) > max(known["smallest_likeness"], turns[0] + 0.15):
-            found.append(f"rotated by {90 * int(np.argmax(turns))} degrees?")
-        else:
-            found.append("not a frontal chest X-ray")
-    elif max(turns[1:]) > turns[0] + 0.05:  # upside down a chest still looks like one, only less
-        found.append(f"rotated by {90 * int(np.argmax(turns))} degrees?")
+    elif upright >= known["smallest_likeness"]:  # upside down a chest still looks like one, only less
+        found += [rotated] * (max(turned) > upright + 0.05)
+    elif upright < -0.2 and -upright >= max(turns):
+        found.append("inverted? dark and bright are exchanged")
+    else:
+        lies = max(turned) > max(known["smallest_likeness"], upright + 0.15)
+        found.append(rotated if lies else "not a frontal chest X-ray")
     if min(pixels.shape) < about["image_size"]:
         found.append(f"smaller than the {about['image_size']} px it was trained on")
     if distance > known["largest_distance"] and not found:

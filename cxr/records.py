@@ -16,10 +16,8 @@ import os
 import pathlib
 import platform
 import sys
-import tempfile
 
 import pandas as pd
-import PIL.Image
 
 from cxr import __version__, evaluate
 
@@ -36,18 +34,24 @@ def write_atomic(path, content):
     Raises:
         OSError: the folder cannot be written or the disk is full; an earlier file at `path` stays as it was.
     """
-    path = pathlib.Path(path)
+    content = content.encode() if isinstance(content, str) else content
+    save_atomic(lambda place: place.write_bytes(content), pathlib.Path(path))
+
+
+def save_atomic(save, path):
+    """Call `save(place)` under a temporary name in the same folder, then rename; the suffix stays.
+
+    Raises:
+        OSError: as of `write_atomic`.
+    """
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     with named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-            os.chmod(temporary, 0o644)
+            save(temporary)
             os.replace(temporary, path)
-        except BaseException:
-            pathlib.Path(temporary).unlink(missing_ok=True)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -287,17 +291,7 @@ class Run:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
         figure.set_layout_engine("none")  # a notebook draws it once more, and need not find its layout again
-        return self._write_figure(f"{name}.png", buffer, pixels)
-
-    def save_animation(self, frames, name, *, pixels=False, milliseconds=250):
-        """Write grey `frames` (uint8 `(n, height, width)`) as `<notebook>__<name>.gif`, as `save_figure` does."""
-        first, *others = map(PIL.Image.fromarray, frames)
-        buffer = io.BytesIO()
-        first.save(buffer, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
-        return self._write_figure(f"{name}.gif", buffer, pixels)
-
-    def _write_figure(self, name, buffer, pixels):
         folder = self.directory / "figures" / ("private" if pixels and not self.synthetic else "")
-        path = folder / f"{self.notebook}__{name}"
+        path = folder / f"{self.notebook}__{name}.png"
         write_atomic(path, buffer.getvalue())
         return path

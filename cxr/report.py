@@ -18,7 +18,6 @@ from cxr import compare, evaluate, pages, plots, records, trust, trustplots
 from cxr.tables import (  # the one module whose names are passed on: a notebook needs `report` alone
     MIN_SEEDS,
     PAINTED,
-    ReportError,
     best_on_validation,
     by_group,
     cohorts,
@@ -43,7 +42,7 @@ def headline(results_dir, rows):
     """Return `(run group, why)`: the group that `headline.json` names, else the best on validation, never on test."""
     if named := _named(results_dir):
         if named["run_group"] not in rows.index:
-            raise ReportError(f"{pathlib.Path(results_dir) / 'headline.json'} names {named['run_group']!r}, "
+            raise ValueError(f"{pathlib.Path(results_dir) / 'headline.json'} names {named['run_group']!r}, "
                               f"which has no comparable record; there are {', '.join(rows.index)}.")
         return named["run_group"], "named in headline.json"
     purpose = next(name for name in ("classify", "anomaly", "baseline") if (rows["purpose"] == name).any())
@@ -141,12 +140,12 @@ def rewrite(path, content):
     """Put `content` between the markers of the text at `path`; the rest stays as it is.
 
     Raises:
-        ReportError: the markers do not stand there once each.
+        ValueError: the markers do not stand there once each.
     """
     path, (begin, end) = pathlib.Path(path), MARKERS
     text = path.read_text()
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ReportError(f"{path} needs the lines {begin} and {end} once each, around the generated results.")
+        raise ValueError(f"{path} needs the lines {begin} and {end} once each, around the generated results.")
     content = f"{begin}\n\n{content}\n\n{end}"
     records.write_atomic(path, re.sub(f"{begin}.*?{end}", lambda _: content, text, flags=re.DOTALL))
 
@@ -187,13 +186,13 @@ def _worth(rows):
 def forest_rows(rows, loaded, *, most=6):
     """Return the rows of `plots.forest` for a `table`: trivial baselines, then notebook by notebook, `most` of each."""
     groups, drawn = by_group(loaded), []
-    for (baseline, notebook), part in rows.groupby([rows["purpose"] != "baseline", "notebook"], sort=False):
+    for (trained, notebook), part in rows.groupby([rows["purpose"] != "baseline", "notebook"], sort=False):
         best = _worth(part).nlargest(most).index.union([reference_of(part)])
         for row in part[part.index.isin(best)].itertuples():
             label = row.variant + (" (split by image)" if row.split == "image" else "")
             drawn.append({"label": label, "value": row.averaged, "low": row.low, "high": row.high,
-                          "section": notebook.replace("_", " ") if baseline else "trivial baselines",
-                          "colour": plots.NORMAL if baseline else plots.FAINT,
+                          "section": notebook.replace("_", " ") if trained else "trivial baselines",
+                          "colour": plots.NORMAL if trained else plots.FAINT,
                           "seeds": [run["metrics"]["test"]["auc"]["value"] for run in groups[row.Index]]})
     return drawn
 
@@ -242,12 +241,15 @@ def consequences(average):
     for name, cut in scenario_thresholds(average).items():
         at = evaluate.metrics_with_intervals(test["y_true"], test["y_score"], test["patient_id"], {"cut": cut})
         at = {key: at[f"{key}@cut"] for key in ("sensitivity", "specificity")}
+        sensitivity, specificity = (found.value for found in at.values())
         for prevalence in PREVALENCES:
-            counts = evaluate.per_thousand(*(found.value for found in at.values()), prevalence)
+            sick, well = 1000 * prevalence, 1000 - 1000 * prevalence
+            counts = {"found": sick * sensitivity, "missed": sick * (1 - sensitivity),
+                      "false alarms": well * (1 - specificity), "cleared": well * specificity}
             rows.append({"scenario": f"{name}, sensitivity {SCENARIOS[name]:g} on validation",
                          "threshold": f"{cut:.3f}", "prevalence": f"{prevalence:.1%}",
                          **{key: f"{found.value:.3f} ({found.low:.3f}–{found.high:.3f})" for key, found in at.items()},
-                         **{f"{key.replace('_', ' ')} of 1,000": round(value) for key, value in counts.items()}})
+                         **{f"{key} of 1,000": round(value) for key, value in counts.items()}})
     return pd.DataFrame(rows)
 
 
@@ -326,14 +328,12 @@ def _page(results_dir, loaded):
     data, (main, *others) = loaded[0]["data"], cohorts(loaded)
     note, rows = data["synthetic"], table(main, threshold=threshold)
     chosen, why = headline(results_dir, rows)
-    baselines = rows[rows["purpose"] == "baseline"]
-    sections = [_section(part, main, baselines, note, threshold)
-                for _, part in rows[rows["purpose"] != "baseline"].groupby(["purpose", "notebook"], sort=False)]
-    for cohort in others:
-        extra = table(cohort, threshold=threshold)
-        trivial = extra["purpose"] == "baseline"
-        sections += [_section(part, cohort, extra[trivial], note, threshold) | {"other_test_set": True}
-                     for _, part in extra[~trivial].groupby(["purpose", "notebook"], sort=False)]
+    sections = []
+    for cohort in (main, *others):
+        found = rows if cohort is main else table(cohort, threshold=threshold)
+        trivial = found["purpose"] == "baseline"
+        sections += [_section(part, cohort, found[trivial], note, threshold) | {"other_test_set": cohort is not main}
+                     for _, part in found[~trivial].groupby(["purpose", "notebook"], sort=False)]
     shown, runs = curves(rows, main, chosen=chosen), by_group(main)[chosen]
     average = compare.seed_average([run["frame"] for run in runs])
     decides = runs[0]["purpose"] == "classify"

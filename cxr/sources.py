@@ -14,27 +14,18 @@ LABELS = {"normal": "NORMAL", "pneumonia": "PNEUMONIA", "covid19": "COVID19", "c
 LAYOUT = "train|val|test/NORMAL|PNEUMONIA|COVID19/<images>, pred/<images>, or the class folders alone"
 JUNK = {"thumbs.db", "desktop.ini", "__macosx", "masks"}  # and whatever starts with a dot; masks are the phantom's
 
-_KERMANY = "Kermany et al. 2018, Cell 172(5), doi:10.1016/j.cell.2018.02.010"
 _TEST = {"NORMAL": 234, "PNEUMONIA": 390}
-SOURCES = {
-    **dict.fromkeys(("phantom", "phantom_covid"),
-                    {"licence": "MIT", "citation": "drawn by cxr.phantom", "url": None, "counts": None}),
+SOURCES = {  # known sets; `counts` are the published ones, licences and citations stand in data/README.md
     "chest_xray": {
-        "licence": "CC BY 4.0", "citation": _KERMANY, "url": "https://data.mendeley.com/datasets/rscbjbr9sj/2",
-        "kaggle": "paultimothymooney/chest-xray-pneumonia",
+        "url": "https://data.mendeley.com/datasets/rscbjbr9sj/2", "kaggle": "paultimothymooney/chest-xray-pneumonia",
         "counts": {"train": {"NORMAL": 1341, "PNEUMONIA": 3875}, "val": {"NORMAL": 8, "PNEUMONIA": 8}, "test": _TEST}},
-    "covid19": {
-        "licence": "CC BY 4.0", "citation": "COVID-CXNet, Haghanifar et al. 2020, doi:10.6084/m9.figshare.12580328",
-        "url": "https://doi.org/10.6084/m9.figshare.12580328", "counts": {"train": {"COVID19": 865}}},
+    "covid19": {"counts": {"train": {"COVID19": 865}}},
     "pneumoniamnist": {
-        "of": "chest_xray", "licence": "CC BY 4.0",
-        "citation": "MedMNIST v2, Yang et al. 2023, doi:10.1038/s41597-022-01721-8",
-        "url": "https://zenodo.org/records/10519652/files/pneumoniamnist.npz",
+        "of": "chest_xray", "url": "https://zenodo.org/records/10519652/files/pneumoniamnist.npz",
         "md5": "28209eda62fecd6e6a2d98b1501bb15f",
         "counts": {"train": {"NORMAL": 1214, "PNEUMONIA": 3494}, "val": {"NORMAL": 135, "PNEUMONIA": 389},
                    "test": _TEST}},
 }  # fmt: skip
-SOURCES["kaggle"] = SOURCES["chest_xray"]
 
 
 def root():
@@ -51,8 +42,7 @@ def find(source):
 
     Returns:
         files: list of `(image_id, path, split, label)`; the path of an image in an archive is `<npz>::<array>/<index>`.
-        about: dict with `source` (its name), `root`, `synthetic`, `ignored` (images outside the layout, by folder),
-            `strict` (whether published counts must hold) and, for archives, `md5` and `official`.
+        about: dict with `source` (its name), `root`, `synthetic` and `ignored` (images outside the layout, by folder).
 
     Raises:
         FileNotFoundError: no such path, no network, or no images in a known layout.
@@ -64,7 +54,7 @@ def find(source):
     drawn = {"phantom": _phantom, "phantom_covid": lambda: _phantom(covid=150), "kaggle": _kaggle}
     files, about = _folder(drawn.get(source, lambda: _existing(source))())
     if source in drawn:
-        about |= {"source": "chest_xray" if source == "kaggle" else "phantom", "strict": source == "kaggle"}
+        about["source"] = "chest_xray" if source == "kaggle" else "phantom"
     return files, about
 
 
@@ -85,8 +75,12 @@ def _folder(folder):
     if len(tops) != 1:
         what = f"{len(tops)} sets ({', '.join(top.name for top in tops)})" if tops else "no split or class folder"
         raise FileNotFoundError(f"{folder} holds {what}. Expected {LAYOUT}; name one set, or join two with ':'.")
-    files, ignored, closed = [], {}, []
+    files, ignored, closed, visited = [], {}, [], set()
     for here, folders, names in os.walk(tops[0], followlinks=True, onerror=lambda error: closed.append(error.filename)):
+        if (place := os.path.realpath(here)) in visited:  # a link to a folder above, which would show its images again
+            folders.clear()
+            continue
+        visited.add(place)
         folders[:] = sorted(filter(_wanted, folders))
         parts = pathlib.Path(here).relative_to(tops[0]).parts
         lower = [part.lower() for part in parts]
@@ -100,7 +94,7 @@ def _folder(folder):
     files += [(printable(os.path.relpath(path, tops[0])), path, "pred", "") for path in closed]  # so that it is named
     if not files:
         raise FileNotFoundError(f"{folder}: its folders hold no images. Expected {LAYOUT}; copy the set again.")
-    return files, {"source": folder.name, "root": str(tops[0]), "ignored": ignored, "strict": False,
+    return files, {"source": folder.name, "root": str(tops[0]), "ignored": ignored,
                    "synthetic": (tops[0] / "phantom.json").is_file()}
 
 
@@ -135,7 +129,7 @@ def _is_image(path):
 
 
 def _archive(path):
-    """List the images of a MedMNIST archive; `official` tells whether it has the published hash."""
+    """List the images of a MedMNIST archive."""
     try:
         with np.load(path) as archive:
             named = [key.removesuffix("_labels") for key in archive.files if key.endswith("_labels")]
@@ -153,11 +147,7 @@ def _archive(path):
     names = ("NORMAL", "PNEUMONIA")
     files = [(f"{split}/{names[value]}/{index:05d}", f"{path}::{split}_images/{index}", SPLITS[split], names[value])
              for split, values in labels.items() for index, value in enumerate(values)]
-    with open(path, "rb") as file:
-        md5 = hashlib.file_digest(file, "md5").hexdigest()
-    official = md5 == SOURCES["pneumoniamnist"]["md5"]
-    return files, {"source": path.stem, "root": str(path), "synthetic": False, "ignored": {}, "strict": official,
-                   "md5": md5, "official": official}
+    return files, {"source": path.stem, "root": str(path), "synthetic": False, "ignored": {}}
 
 
 def _mnist():

@@ -3,8 +3,6 @@
 The unit of splitting is the patient, never the image: two films of one chest are nearly the same picture.
 """
 
-import hashlib
-import json
 import re
 
 import numpy as np
@@ -156,9 +154,3 @@ def leaks(manifest):
             "by_number": len(set(map(number_key, train)) & set(map(number_key, test))),
             "val_beside_train": float(part["val"].isin(train).mean()),
             "test_beside_train": float(part["test"].isin(train).mean())}
-
-
-def split_sha256(manifest):
-    """Return the SHA-256 (hex) of the sorted `[image_id, split]` pairs as compact JSON: a split's name in a record."""
-    pairs = sorted(manifest[["image_id", "split"]].values.tolist())
-    return hashlib.sha256(json.dumps(pairs, separators=(",", ":")).encode()).hexdigest()

@@ -15,10 +15,6 @@ ALPHA, MIN_SEEDS, TOLERANCE = 0.05, 3, 1e-6
 PAINTED = "class brightness"  # variants whose validation images carry the label, so that nothing is chosen by them
 
 
-class ReportError(ValueError):
-    """A record, its predictions, or a mixture of records that no table may be made from."""
-
-
 def load(results_dir, *, notebooks=("",), intervals=True):
     """Return the records under `results_dir/records`, each with its predictions table as `record["frame"]`.
 
@@ -28,29 +24,26 @@ def load(results_dir, *, notebooks=("",), intervals=True):
         intervals: whether the bootstrap intervals are recomputed too, about half a second a record.
 
     Raises:
-        ReportError: no record; a field, the predictions or their hash is missing or wrong; a stored number differs from
+        ValueError: no record; a field, the predictions or their hash is missing or wrong; a stored number differs from
             the recomputed one; or several data sources in one folder. The message names the file.
     """
     root = pathlib.Path(results_dir)
     paths = [path for path in sorted((root / "records").glob("*.json")) if path.name.startswith(tuple(notebooks))]
     if not paths:
-        raise ReportError(f"{root / 'records'} holds no record: run the notebooks first (make reproduce).")
+        raise ValueError(f"{root / 'records'} holds no record: run the notebooks first (make reproduce).")
     loaded = [_load_one(path, root, intervals) for path in paths]
     if len(sources := {record["data"]["source"] for record in loaded}) > 1:
-        raise ReportError(f"{root} mixes the data sources {sorted(sources)}: keep one folder for each.")
+        raise ValueError(f"{root} mixes the data sources {sorted(sources)}: keep one folder for each.")
     return loaded
 
 
 def _load_one(path, root, intervals):
-    try:
-        record = records.read_record(path, root=root)
-        frame = records.read_predictions(root / record["predictions"]["path"])
-    except (ValueError, OSError) as error:
-        raise ReportError(str(error)) from error
+    record = records.read_record(path, root=root)
+    frame = records.read_predictions(root / record["predictions"]["path"])
     if missing := FIELDS - record.keys():
-        raise ReportError(f"{path} lacks {sorted(missing)}: it is not a record of schema {records.SCHEMA}.")
+        raise ValueError(f"{path} lacks {sorted(missing)}: it is not a record of schema {records.SCHEMA}.")
     if record["schema"] != records.SCHEMA or record["run_id"] != path.stem:
-        raise ReportError(f"{path} has schema {record['schema']} and run_id {record['run_id']}; "
+        raise ValueError(f"{path} has schema {record['schema']} and run_id {record['run_id']}; "
                           f"expected {records.SCHEMA} and {path.stem}.")
     if record["purpose"] != "generate":
         _verify(record, frame, path, intervals)
@@ -65,20 +58,14 @@ def _verify(record, frame, path, intervals):
     if "probes" in record:
         cut = record["thresholds"][record["threshold"]]
         blocks["probes"] = trust.measure(frame, cut, num_resamples=1000 * intervals)
-    found, stored = _leaves(blocks), _leaves({block: record.get(block, {}) for block in blocks})
+    stored = {block: record.get(block, {}) for block in blocks}
+    found, stored = (pd.json_normalize(block).iloc[0].to_dict() for block in (blocks, stored))
     for name in sorted(found.keys() | stored.keys()):
         pair = [np.nan if (value := side.get(name, "absent")) is None else value for side in (stored, found)]
         if not intervals and name.endswith((".low", ".high")):
             continue
         if "absent" in pair or not np.isclose(*pair, rtol=0, atol=TOLERANCE, equal_nan=True):
-            raise ReportError(f"{path}: {name} is {pair[0]}, but its predictions give {pair[1]}.")
-
-
-def _leaves(value, name=""):
-    if not isinstance(value, dict):
-        return {name: value}
-    parts = (_leaves(part, f"{name}.{key}".strip(".")) for key, part in value.items())
-    return {leaf: found for part in parts for leaf, found in part.items()}
+            raise ValueError(f"{path}: {name} is {pair[0]}, but its predictions give {pair[1]}.")
 
 
 def by_group(loaded):
@@ -96,7 +83,7 @@ def frames(runs):
 
 def threshold_of(record, threshold="sensitivity_95"):
     """Return the name of the threshold to report: `normal_95` of anomaly scores, else `threshold` if there is one."""
-    order = ["normal_95", threshold] if record["purpose"] == "anomaly" else [threshold, "sensitivity_95", "half"]
+    order = "normal_95" if record["purpose"] == "anomaly" else threshold, "sensitivity_95", "half"
     return next(name for name in order if name in record["thresholds"])
 
 
@@ -120,27 +107,25 @@ def table(loaded, *, threshold="sensitivity_95"):
     shifted_auc, gap` (validation minus test AUC), `ece`; the index is the run group. Absent numbers are NaN.
 
     Raises:
-        ReportError: the records do not share data source, manifest and test set.
+        ValueError: the records do not share data source, manifest and test set.
     """
     for field, values in {"source": {record["data"]["source"] for record in loaded},
                           "manifest": {record["data"]["manifest_sha256"] for record in loaded},
                           "test set": {record["test_sha256"] for record in loaded}}.items():
         if len(values) > 1:
-            raise ReportError(f"One table cannot mix {len(values)} values of {field}: "
+            raise ValueError(f"One table cannot mix {len(values)} values of {field}: "
                               f"{', '.join(sorted({record['group'] for record in loaded})[:6])} …")
-    rows = {group: _row(runs, threshold) for group, runs in by_group(loaded).items()}
-    found = pd.DataFrame.from_dict(rows, orient="index").rename_axis("run group")
-    order = found["purpose"].map({"baseline": 0, "classify": 1, "anomaly": 2})
-    return found.assign(order=order, high_first=-found["auc"]).sort_values(["order", "notebook", "high_first"]).drop(
-        columns=["order", "high_first"])
+    order = ("baseline", "classify", "anomaly")
+    rows = [{"run group": group, **_row(runs, threshold)} for group, runs in by_group(loaded).items()]
+    rows.sort(key=lambda row: (order.index(row["purpose"]), row["notebook"], -row["auc"]))
+    return pd.DataFrame(rows).set_index("run group")
 
 
 def _row(runs, threshold):
     first, name = runs[0], threshold_of(runs[0], threshold)
 
     def values(key, split="test"):
-        found = [run["metrics"].get(split, {}).get(key, {}).get("value") for run in runs]
-        return np.array([np.nan if value is None else value for value in found])
+        return np.array([run["metrics"].get(split, {}).get(key, {}).get("value") for run in runs], float)
 
     auc, average = values("auc"), compare.seed_average(frames(runs))
     estimate = evaluate.bootstrap_auc(average["y_true"], average["y_score"], average["patient_id"])
@@ -221,13 +206,13 @@ def comparisons(loaded, reference_group, *, threshold="sensitivity_95"):
     """
     groups = by_group(loaded)
     if reference_group not in groups:
-        raise ReportError(f"There is no run group {reference_group!r} to compare with; there are {', '.join(groups)}.")
+        raise ValueError(f"There is no run group {reference_group!r} to compare with; there are {', '.join(groups)}.")
     base, rows = groups.pop(reference_group), {}
     for group, runs in groups.items():
         if runs[0]["purpose"] != base[0]["purpose"]:
             continue
         found = compare.compare_groups([run["frame"] for run in runs], [run["frame"] for run in base],
-                                       threshold=threshold_of(base[0], threshold), purposes=(base[0]["purpose"],) * 2)
+                                       threshold=threshold_of(base[0], threshold), purpose=base[0]["purpose"])
         seen, decided = found["difference"], found["mcnemar"] or compare.McNemar(np.nan, np.nan, np.nan)
         rows[group] = {"variant": runs[0]["variant"], "seeds": len(runs), "difference": seen.value, "low": seen.low,
                        "high": seen.high, "p_bootstrap": seen.p_value, "p_delong": found["delong"].p_value,

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 
 from cxr import augment, engine, transfer
-from cxr.backup import save_atomic, spent
+from cxr.backup import state_of
 from cxr.device import on_cpu, predict, start_fresh
 from cxr.fitting import Recipe, fit
+from cxr.records import save_atomic
 
 __all__ = ["Recipe", "fit", "labels_of", "load_model", "on_cpu", "predict", "predictions", "repeat", "rescore",
            "sweep"]
@@ -121,7 +122,7 @@ def _train_one(run, variant, recipe, build, seed, *, images, manifest, extra, or
     start_fresh(seed)  # the initial weights and dropout of this run
     model = build(recipe.image_size, augment.stack(recipe.augment))
     folder = run.backup(run_id)
-    ready, earlier = time.monotonic(), spent(folder)
+    ready, earlier = time.monotonic(), state_of(folder).get("seconds", 0.0)
     part, seen = model, lambda pixels: pixels
     if transfer.is_stored(recipe):
         body, part = transfer.split(model, recipe.strategy)

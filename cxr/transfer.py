@@ -10,8 +10,8 @@ import numpy as np
 from keras import layers
 
 from cxr import augment, models
-from cxr.backup import save_atomic
 from cxr.device import blueprint, in_windows
+from cxr.records import save_atomic
 
 STRATEGIES = ("frozen", "partial", "full")
 

@@ -14,7 +14,8 @@ from cxr import evaluate, records
 from cxr.decode import blurred
 
 ASPECT = 1.37  # width by height of a usual film of this set; files squeezed to a square have lost their own
-SWEEPS = ("sharpness", "brightness", "contrast", "JPEG quality")
+SWEEPS = {"sharpness": (0, "blurred · sharpened"), "brightness": (0, "grey levels added"),
+          "contrast": (1, "factor"), "JPEG quality": (100, "quality")}  # of each the usual strength, and its unit
 STRONGEST = (("sharpness", -4), ("sharpness", 2), ("brightness", -60), ("brightness", 60), ("contrast", 0.5),
              ("contrast", 2), ("JPEG quality", 10))
 NOT_LUNG = ("border only", "lungs erased")
@@ -34,12 +35,9 @@ def _jpeg(image, quality):
 
 
 def _unsqueezed(image):
-    size = image.shape[0]
-    height = round(size / ASPECT)
-    top = (size - height) // 2
-    out = np.zeros_like(image)
-    out[top:top + height] = cv2.resize(image, (size, height), interpolation=cv2.INTER_AREA)
-    return out
+    size, height = len(image), round(len(image) / ASPECT)
+    top, small = (size - height) // 2, cv2.resize(image, (size, height), interpolation=cv2.INTER_AREA)
+    return cv2.copyMakeBorder(small, top, size - height - top, 0, 0, cv2.BORDER_CONSTANT)
 
 
 def _border_only(image):
@@ -236,14 +234,3 @@ def suspected_labels(frame):
     other = np.where(truth, score >= sick, (1 - score) >= well)  # confident in both: it counts as what is likelier
     suspected = (margin >= 0) & ~(other & ((score >= 0.5) == truth))
     return frame.assign(margin=margin)[suspected].sort_values("margin", ascending=False)
-
-
-def shared_errors(decisions, truth):
-    """Return how many errors each pair of models shares: DataFrame of counts, each model's own on the diagonal.
-
-    Args:
-        decisions: dict model -> bool `(n,)`.
-        truth: bool `(n,)`.
-    """
-    wrong = pd.DataFrame({name: np.asarray(called) != np.asarray(truth) for name, called in decisions.items()})
-    return wrong.astype(int).T @ wrong.astype(int)

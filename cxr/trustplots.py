@@ -4,9 +4,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from cxr.plots import ABNORMAL, CYCLE, FAINT, _styled
+from cxr.trust import SWEEPS
 
-SWEEPS = {"sharpness": (0, "blurred · sharpened"), "brightness": (0, "grey levels added"),
-          "contrast": (1, "factor"), "JPEG quality": (100, "quality")}
 NUMBERS = ("auc", "sensitivity", "specificity")
 
 

@@ -96,14 +96,14 @@ def test_a_gan_compiled_before_trains_to_the_bit_as_a_new_one(tmp_path):
 def test_trouble_stops_with_a_reason(tmp_path):
     with pytest.raises(ValueError, match="fewer than a batch"):
         gan.fit(lab(), blobs(8), epochs=1, seed=0, folder=tmp_path, batch_size=32)
-    with pytest.raises(ValueError, match="at least two real images"):
+    with pytest.raises(ValueError, match="at least two images"):
         gan.fit(lab(), blobs(1), epochs=1, seed=0, folder=tmp_path, batch_size=1)
     (tmp_path / "file").write_text("")
     with pytest.raises(PermissionError, match="file.*cannot be written"):
         gan.fit(lab(), blobs(), epochs=1, seed=0, folder=tmp_path / "file" / "backup", batch_size=32)
     with pytest.raises(ValueError, match="constant"):
         gan.fit(lab(), np.full((64, 16, 16), 7, "uint8"), epochs=1, seed=0, folder=tmp_path, batch_size=32)
-    with pytest.raises(gan.GANError, match="not a number"):
+    with pytest.raises(RuntimeError, match="not a number"):
         gan.fit(lab(), blobs(), epochs=3, seed=0, folder=tmp_path / "nan", batch_size=32, learning_rate=float("nan"))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cxr import __main__ as cli
-from cxr import backup, data, records
+from cxr import data, records
 from tests.test_data import TWO, environment, plant
 from tests.test_records import run, scores  # noqa: F401  a fixture
 
@@ -78,10 +78,10 @@ def test_a_model_is_saved_whole_or_not_at_all(disk, name, leave):
             "1.npz": lambda path: np.savez(path, *model.get_weights())}[name]  # as a backup is written
     full = fill(disk, leave=leave)
     with pytest.raises(OSError, match="cannot be written") as caught:
-        backup.save_atomic(save, disk / name)
+        records.save_atomic(save, disk / name)
     assert name in str(caught.value) and files(disk) == {full}
     full.unlink()
-    backup.save_atomic(save, disk / name)
+    records.save_atomic(save, disk / name)
     assert files(disk) == {disk / name}
 
 

@@ -92,7 +92,7 @@ def test_one_class_is_refused(tmp_path, labels):
         {"mixing": ("probability", 0.5), "balance": "class_weight"},
         {"mixing": ("extra_samples", 0.3)},
         {"mixing": ("cutmix", 0.5)},
-        {"label_smoothing": 0.1, "schedule": "cosine", "weight_decay": 1e-3},
+        {"schedule": "cosine", "weight_decay": 1e-3},
         {"balance": "oversample"},
     ],
 )
