@@ -117,7 +117,7 @@ def _opacity(rng, field, size):
                                       interpolation=cv2.INTER_CUBIC)
                 for cells, strength in ((4, 1), (8, 0.6), (16, 0.35)))
     if rng.random() < 0.5:  # focal: one or two places
-        inside = np.argwhere(field > 0.5)
+        inside = np.argwhere(field > (0.5 if field.max() > 0.5 else 0))  # lungs of a few pixels are blurred to less
         y, x = np.mgrid[:size, :size]
         blob = np.zeros((size, size), "float32")
         for _ in range(rng.integers(1, 3)):

@@ -122,9 +122,19 @@ def exposure_and_sharpness():
     return [*_exposure(), *_sharpness()]
 
 
+BEFOREHAND = {"class_brightness": list, "offline_acquisition": list}  # done to the images, before training
+
+
 def stack(name):
-    """Return fresh layers of the strategy `name`: a key of `STRATEGIES` or of `OTHERS`."""
-    return (STRATEGIES | OTHERS).get(name, list)()  # what else a recipe names is done before training
+    """Return fresh layers of the strategy `name`: a key of `STRATEGIES`, of `OTHERS` or, without layers, `BEFOREHAND`.
+
+    Raises:
+        ValueError: there is no such strategy.
+    """
+    known = STRATEGIES | OTHERS | BEFOREHAND
+    if name not in known:
+        raise ValueError(f"There is no augmentation {name!r}; choose one of {', '.join(known)}.")
+    return known[name]()
 
 
 def copies(images, name):

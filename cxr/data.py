@@ -15,13 +15,13 @@ import stat
 import tempfile
 
 import cv2
+import joblib
 import numpy as np
 import pandas as pd
 import tqdm
 
 from cxr import decode, dedup, records, sources, splits
 
-SOURCES = sources.SOURCES
 COLUMNS = ["image_id", "patient_id", "path", "label", "etiology", "split", "sha256", "source", "pixel_sha256", "height",
            "width", "mean_grey", "blur"]
 MAX_BYTES = 1 << 29
@@ -67,7 +67,7 @@ def _load_one(source, cache):
     manifest = pd.DataFrame(rows).assign(source=attrs["source"])[COLUMNS].sort_values("image_id", ignore_index=True)
     table = pd.crosstab(manifest["split"], manifest["label"])
     found = {split: {label: int(n) for label, n in row.items() if n and label} for split, row in table.iterrows()}
-    expected = SOURCES.get(attrs["source"], {}).get("counts")
+    expected = sources.SOURCES.get(attrs["source"], {}).get("counts")
     if source == "kaggle" and found != expected:
         raise ValueError(f"{attrs['root']}: this download holds {found}; expected {expected}. Delete and repeat it.")
     manifest.attrs = {**attrs, "counts": {"found": found, "expected": expected}}
@@ -190,7 +190,7 @@ def memory_for(path):
 def _threads(function, items, what):
     """Yield what `function` returns of each item, in order; by handfuls: handing one over takes as long as one."""
     handfuls = [items[start:start + 16] for start in range(0, len(items), 16)]
-    workers = min(32, 2 * (os.cpu_count() or 2))
+    workers = min(32, 2 * joblib.cpu_count())
     with concurrent.futures.ThreadPoolExecutor(workers) as pool, tqdm.tqdm(
             desc=what, total=len(items), delay=3, mininterval=5, unit="file") as bar:
         for found in pool.map(lambda handful: [function(item) for item in handful], handfuls):

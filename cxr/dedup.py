@@ -7,9 +7,9 @@ rarely 0.7; copies of one film that were re-encoded, blurred, cropped, shifted o
 """
 
 import concurrent.futures
-import os
 
 import cv2
+import joblib
 import numpy as np
 from scipy import fft
 
@@ -49,7 +49,7 @@ def near_pairs(images):
 
 
 def _in_threads(function, items):
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(joblib.cpu_count()) as pool:
         return list(pool.map(function, items))
 
 

@@ -5,11 +5,11 @@ import contextlib
 import functools
 import gc
 import json
-import os
 import pathlib
 import re
 import unittest.mock
 
+import joblib
 import keras
 import numpy as np
 from keras import ops
@@ -204,7 +204,7 @@ def in_windows(model, inputs):
         return window, np.asarray(model.predict_on_batch(np.asarray(inputs[window])))
 
     yield apply(parts[0])  # alone: it traces the network
-    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count()) if bare_tensorflow() else 1) as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(4, joblib.cpu_count()) if bare_tensorflow() else 1) as pool:
         for start in range(1, len(parts), 16):  # by handfuls: whoever stores what comes may be slower
             yield from pool.map(apply, parts[start:start + 16])
 

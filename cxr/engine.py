@@ -46,7 +46,7 @@ def _progress(finished, jobs):
 
 def _locally(function, jobs, workers):
     """Arrays above a megabyte are written once and mapped by all workers, those that are maps already as they are."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, joblib.cpu_count() // workers)
     with joblib.parallel_config("loky", n_jobs=workers, inner_max_num_threads=threads):
         finished = joblib.Parallel(return_as="generator")(joblib.delayed(_with_threads)(threads, function, job)
                                                           for job in jobs)

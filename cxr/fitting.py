@@ -17,7 +17,7 @@ CHOICES = {"schedule": {"constant", "cosine", "step"}, "select": {"last", "best"
            "monitor": {"val_auc", "shifted_auc"}, "split": {"patient", "image"},
            "balance": {"none", "class_weight", "loss_1.5", "oversample", "offline"},
            # the last two are painted by the caller before training (`extra`, `images`)
-           "augment": {*augment.STRATEGIES, *augment.OTHERS, "class_brightness", "offline_acquisition"}}
+           "augment": {*augment.STRATEGIES, *augment.OTHERS, *augment.BEFOREHAND}}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -253,6 +253,7 @@ def kid(real, fake, *, num_subsets=100, size=100, seed=0):
 
 def density_and_coverage(real, fake, k=5):
     """Return how often fakes lie near reals, and which share of reals has a fake near it (Naeem et al. 2020)."""
+    k = min(k, len(real) - 1)
     reals = neighbors.NearestNeighbors(n_neighbors=k + 1).fit(real)
     radius = reals.kneighbors(real)[0][:, -1]
     inside = distance.cdist(real, fake) < radius[:, None]

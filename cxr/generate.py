@@ -70,33 +70,41 @@ def trained(run, variant, recipe, build, images, manifest, spaces, seed=0):
         seed: of weights, order and codes.
 
     Raises:
+        ValueError: fewer than two images of the class in validation and test together, to judge the fakes by.
         FileNotFoundError: the record is there, and its generator is on another machine.
     """
     config = recipe._asdict()
     run_id = run.run_id(variant, config, seed, manifest)
     path, film_path = (run.directory / place for place in (f"models/{run_id}.keras", f"cache/films/{run_id}.npy"))
-    if record := run.load(run_id):
-        return Drawn(record, train.load_model(run, record), np.load(film_path))
-    start = time.monotonic()
-    device.start_fresh(seed)
-    folder = run.backup(run_id)
-    earlier = backup.state_of(folder).get("seconds", 0.0)
-    real = images[train_rows(manifest, recipe.label)]
-    model = build(recipe.image_size, seed)
-    history, film = gan.fit(model, real, epochs=recipe.epochs, batch_size=recipe.batch_size, average=recipe.average,
-                            seed=seed, folder=folder, every=max(1, recipe.epochs // 8))
-    done, generator = time.monotonic(), model.painter
-    records.save_atomic(generator.save, path)
-    records.save_atomic(lambda place: np.save(place, film), film_path)
     held = {name: np.flatnonzero(manifest["split"].eq(name) & manifest["label"].eq(recipe.label))
             for name in ("val", "test")}
-    judged = judge(generator, real, images[np.concatenate(list(held.values()))], spaces, seed=seed)
-    table = real_or_fake(generator, real, images, manifest, held, seed=seed)
-    record = run.save(variant, config, seed, table, purpose="generate", manifest=manifest, history=history,
-                      judged=judged, num_real=len(real), num_steps=recipe.epochs * -(-len(real) // recipe.batch_size),
-                      seconds={"train": round(earlier + done - start, 2), "judge": round(time.monotonic() - done, 2)})
-    shutil.rmtree(folder)
-    return Drawn(record, generator, film)
+    if (few := sum(map(len, held.values()))) < 2:
+        raise ValueError(f"Validation and test hold {few} image of {recipe.label}; expected at least 2 that fakes can "
+                         "be held against. Add images of other patients.")
+
+    def finish():
+        start = time.monotonic()
+        device.start_fresh(seed)
+        folder = run.backup(run_id)
+        earlier = backup.state_of(folder).get("seconds", 0.0)
+        real = images[train_rows(manifest, recipe.label)]
+        model = build(recipe.image_size, seed)
+        history, film = gan.fit(model, real, epochs=recipe.epochs, batch_size=recipe.batch_size, average=recipe.average,
+                                seed=seed, folder=folder, every=max(1, recipe.epochs // 8))
+        done, generator = time.monotonic(), model.painter
+        records.save_atomic(generator.save, path)
+        records.save_atomic(lambda place: np.save(place, film), film_path)
+        judged = judge(generator, real, images[np.concatenate(list(held.values()))], spaces, seed=seed)
+        table = real_or_fake(generator, real, images, manifest, held, seed=seed)
+        steps = recipe.epochs * -(-len(real) // recipe.batch_size)
+        seconds = {"train": round(earlier + done - start, 2), "judge": round(time.monotonic() - done, 2)}
+        record = run.save(variant, config, seed, table, purpose="generate", manifest=manifest, history=history,
+                          judged=judged, num_real=len(real), num_steps=steps, seconds=seconds)
+        shutil.rmtree(folder)
+        return record
+
+    record = run.once(run_id, finish)
+    return Drawn(record, train.load_model(run, record), np.load(film_path))
 
 
 def judge(generator, real, held_out, spaces, *, seed=0):

@@ -103,7 +103,9 @@ def silhouette(images, probability):
     found = np.empty((len(images), 2))
     for index, (image, p) in enumerate(zip(images.astype("float32"), probability, strict=True)):
         low, high = np.percentile(image, (2, 98))
-        field = p > 0.5 if (p > 0.5).mean() > 0.005 else usual  # where no lung is found, look where lungs usually lie
+        field = p > 0.5
+        if not 0.005 < field.mean() < 0.9:  # no lung, or nothing else: look where lungs usually lie
+            field = usual
         ring = (cv2.dilate(field.astype(np.uint8), kernel) > 0) & ~field
         found[index] = (image[ring].mean() - image[field].mean()) / max(high - low, 1), (p * (1 - p)).mean()
     return found

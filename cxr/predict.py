@@ -12,6 +12,7 @@ import pathlib
 import zipfile
 
 import cv2
+import joblib
 import numpy as np
 import pandas as pd
 import PIL.Image
@@ -126,7 +127,7 @@ def score_files(files, model, about, out):
     if not (done := _finished(out, about)):
         (out / "predictions.csv").unlink(missing_ok=True)  # of another model: never beside the name of this one
     rows = []
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 2) as pool:
+    with concurrent.futures.ThreadPoolExecutor(joblib.cpu_count()) as pool:
         for start in tqdm.tqdm(range(0, len(files), CHUNK), "predict", unit=f" x {CHUNK} files", delay=3):
             part = files[start:start + CHUNK]
             read = list(pool.map(functools.partial(_attempt, size=about["image_size"]), part))

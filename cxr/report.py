@@ -17,7 +17,7 @@ import pandas as pd
 from cxr import compare, evaluate, pages, plots, records, trust, trustplots
 from cxr.tables import (  # the one module whose names are passed on: a notebook needs `report` alone
     MIN_SEEDS,
-    PAINTED,
+    PAINTED,  # noqa: F401  notebook 10 asks for it
     best_on_validation,
     by_group,
     cohorts,
@@ -40,13 +40,13 @@ SYNTHETIC = "Synthetic phantoms, drawn by a program: these numbers test the code
 
 def headline(results_dir, rows):
     """Return `(run group, why)`: the group that `headline.json` names, else the best on validation, never on test."""
-    if named := _named(results_dir):
-        if named["run_group"] not in rows.index:
-            raise ValueError(f"{pathlib.Path(results_dir) / 'headline.json'} names {named['run_group']!r}, "
-                              f"which has no comparable record; there are {', '.join(rows.index)}.")
-        return named["run_group"], "named in headline.json"
+    if named := _named(results_dir).get("run_group"):
+        if named not in rows.index:
+            raise ValueError(f"{pathlib.Path(results_dir) / 'headline.json'} names {named!r}, which has no comparable "
+                             f"record; there are {', '.join(rows.index)}.")
+        return named, "named in headline.json"
     purpose = next(name for name in ("classify", "anomaly", "baseline") if (rows["purpose"] == name).any())
-    able = rows[(rows["purpose"] == purpose) & ~rows["variant"].str.startswith(PAINTED)]
+    able = rows[rows["purpose"] == purpose]
     able = able[able["split"] == "patient"] if (able["split"] == "patient").any() else able  # shared patients flatter
     group, column = best_on_validation(able)
     where = "the shifted validation images" if column == "shifted_auc" else "validation"

@@ -191,7 +191,12 @@ def reference_of(rows):
 
 
 def best_on_validation(rows):
-    """Return the run group with the highest AUC on validation, shifted where any has it, and that column's name."""
+    """Return the run group with the highest AUC on validation, shifted where any has it, and that column's name.
+
+    `PAINTED` ones are chosen only where there is nothing else.
+    """
+    honest = rows[~rows["variant"].str.startswith(PAINTED)]
+    rows = honest if len(honest) else rows
     column = "shifted_auc" if rows["shifted_auc"].notna().any() else "val_auc"  # rescored ones have no shifted
     return rows[column].fillna(-1).idxmax(), column
 

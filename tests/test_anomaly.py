@@ -160,6 +160,13 @@ def test_pixel_scores_of_a_perfect_a_blank_and_an_inverted_map():
     assert sparse == pytest.approx(plain, abs=0.03) and 0.1 < plain < 0.2, "zeros find no lesion"
 
 
+def test_opacities_find_room_in_lungs_of_a_single_pixel():
+    masks = np.zeros((40, 32, 32), bool)
+    masks[:, 16, 10] = True
+    painted, _ = anomaly.opacities(np.full((40, 32, 32), 90, np.uint8), seed=0, lungs=masks, haze=0)
+    assert painted.shape == (40, 32, 32)
+
+
 def test_distances_grow_away_from_normals():
     rng = np.random.default_rng(0)
     normal, sick = rng.normal(size=(200, 5)), rng.normal(3, size=(20, 5))

@@ -88,6 +88,12 @@ def test_a_batch_of_one_cannot_be_mixed():
         augment.mix(np.zeros((1, 2, 2, 1), np.uint8), np.zeros((1, 1)), "probability", 0.3, seed=0)
 
 
+def test_a_misspelt_strategy_is_named():
+    with pytest.raises(ValueError, match="'shift_zom'.*shift_zoom"):
+        augment.copies(np.zeros((2, 16, 16), np.uint8), "shift_zom")
+    assert augment.stack("offline_acquisition") == []
+
+
 def test_class_brightness_paints_the_label_and_swaps():
     images, labels = np.full((6, 4, 4), 128, np.uint8), np.array([0, 1, 0, 1, 0, 1])
     painted = augment.class_brightness(images, labels, seed=0).mean((1, 2))

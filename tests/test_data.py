@@ -69,6 +69,13 @@ def test_dicom_named_by_its_uid_jfif_and_names_in_no_encoding_are_read(tmp_path,
     assert data.load_images(manifest, 16, cache_dir=cache).shape[0] == len(manifest)
 
 
+def test_a_link_to_a_folder_above_shows_no_image_twice(tmp_path, cache):
+    root = plant(tmp_path / "set", *TWO)
+    (root / "train" / "NORMAL" / "loop").symlink_to(root / "train")
+    (root / "train" / "PNEUMONIA" / "up").symlink_to("..")
+    assert data.load_manifest(root, cache_dir=cache)["image_id"].tolist() == sorted(TWO)
+
+
 def test_a_folder_that_is_closed_or_gone_is_named(tmp_path, cache, monkeypatch):
     root = plant(tmp_path / "set", *TWO, "train/NORMAL/closed/9.png")
     (root / "test" / "NORMAL" / "more").symlink_to(tmp_path / "unmounted")

@@ -93,6 +93,12 @@ def test_a_gan_compiled_before_trains_to_the_bit_as_a_new_one(tmp_path):
         np.testing.assert_array_equal(shared, own)
 
 
+def test_a_handful_of_images_can_be_held_against_fakes():
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(2, 4)), rng.normal(size=(30, 4))
+    assert all(map(np.isfinite, gan.density_and_coverage(real, fake)))
+
+
 def test_trouble_stops_with_a_reason(tmp_path):
     with pytest.raises(ValueError, match="fewer than a batch"):
         gan.fit(lab(), blobs(8), epochs=1, seed=0, folder=tmp_path, batch_size=32)

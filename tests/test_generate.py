@@ -38,6 +38,14 @@ def arguments(two, epochs=2):
     return recipe, gan.lab_dcgan, images, manifest, {"pixels": generate.pixels}
 
 
+def test_a_class_without_images_to_judge_by_stops_before_training(run, two):
+    recipe, build, images, manifest, spaces = arguments(two)
+    held = manifest["split"].isin(["val", "test"]) & manifest["label"].eq("COVID19")
+    lonely = manifest.assign(split=manifest["split"].mask(held, "pred"))
+    with pytest.raises(ValueError, match="hold 0 image of COVID19"):
+        generate.trained(run, "lonely", recipe, build, images, lonely, spaces)
+
+
 def test_a_gan_leaves_a_record_without_a_picture(run, two, drawn):
     record = drawn.record
     assert record["purpose"] == "generate" and record["config"]["label"] == "COVID19"

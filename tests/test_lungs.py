@@ -106,6 +106,7 @@ def test_a_painted_chest_loses_its_silhouette(outlines):
     contrast, doubt = (lungs.silhouette(fog, probability[normal]) - plain).mean(0)
     assert doubt - contrast > 0 and contrast < 0, "the border is harder to see"
     np.testing.assert_allclose(lungs.silhouette(hazy, probability[normal])[:, 0], plain[:, 0], atol=0.05)  # no exposure
+    assert np.isfinite(lungs.silhouette(fog[:2], np.stack([np.ones((32, 32)), np.zeros((32, 32))]))).all()
 
 
 def test_within_the_lungs_a_map_counts_and_a_hidden_lung_is_where_lungs_usually_lie():

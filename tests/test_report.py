@@ -235,9 +235,13 @@ def test_headline_is_chosen_on_validation_or_named(copied):
     assert report.reference_of(nameless.sort_values("auc", ascending=False)) == rows.index[0], "not the best on test"
     painted = rows.assign(variant=rows["variant"].where(rows.index != group, report.PAINTED))
     assert report.headline(copied, painted)[0] != group, "validation images that carry the label choose nothing"
+    nameless = able.assign(variant=np.where(able.index == group, report.PAINTED, "x"))
+    assert report.reference_of(nameless) != group
     named = rows.index[rows["variant"] == "seed recipe"][0]
     (copied / "headline.json").write_text(json.dumps({"run_group": named, "threshold": "youden"}))
     assert report.headline(copied, rows) == (named, "named in headline.json")
+    (copied / "headline.json").write_text(json.dumps({"threshold": "youden"}))
+    assert report.headline(copied, rows) == (group, why), "a threshold alone names no group"
     assert "At “youden”" in report.answer(report.table(loaded, threshold="youden"), named, "")
     (copied / "headline.json").write_text(json.dumps({"run_group": "nobody"}))
     with pytest.raises(ValueError, match="nobody"):
