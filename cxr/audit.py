@@ -7,11 +7,11 @@ its copies stand within train and within test, where `splits.assign` drops them,
 import numpy as np
 from sklearn import metrics
 
-from cxr import data, decode, dedup, records, splits
+from cxr import data, decode, dedup, evaluate, records, splits
 
 SHORTCUT = 0.7  # AUC, either way round, from which a score that looks at no anatomy earns a warning
 TINY = 100  # images below which a validation split cannot rank models
-FEWEST = {"train": 25, "test": 3}  # images of a class below which validation, drawn from train, or test has no interval
+FEWEST = {"train": 25, "test": evaluate.FEWEST}  # of a class: below it validation, drawn from train, has no interval
 
 
 def audit(manifest, *, cache_dir=None):

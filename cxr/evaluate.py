@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, special, stats
 
+FEWEST = 3  # patients of each class from which an interval can be drawn
 NUM_BINS = 10
 THRESHOLD = "sensitivity_95_shifted"  # the one to decide with
 
@@ -159,11 +160,11 @@ def patient_weights(y_true, patient_id, num_resamples, seed):
     counts = np.bincount(drawn.ravel(), minlength=num_resamples * len(patients))
     weight = counts.reshape(num_resamples, len(patients)).T.astype(float)[codes]
     weight = weight[:, (truth @ weight > 0) & (~truth @ weight > 0)]
-    if weight.shape[1] < 0.9 * num_resamples:  # about three patients of each class
+    if weight.shape[1] < 0.9 * num_resamples:  # fewer than `FEWEST` patients of a class
         sick, healthy = (pd.Series(np.asarray(patient_id)[rows]).nunique() for rows in (truth, ~truth))
         raise ValueError(f"Only {weight.shape[1]} of {num_resamples} resamples of patients hold both classes: {sick} "
-                         f"patients with label 1 and {healthy} with label 0 are too few for an interval, about four of "
-                         "each are needed. A small set is better judged whole: python -m cxr evaluate.")
+                         f"patients with label 1 and {healthy} with label 0 are too few for an interval, which takes "
+                         f"{FEWEST} of each. A small set is better judged whole: python -m cxr evaluate.")
     return weight
 
 

@@ -209,12 +209,16 @@ def roc_and_precision_recall(curves, *, thresholds=None):
 
 
 @_styled
-def heat_table(table, *, texts=None, fmt="{:.3f}", xlabel="", ylabel="", cmap="Blues"):
-    """Show a DataFrame of numbers as coloured cells, each with its number or its text of `texts`; NaN stays empty."""
+def heat_table(table, *, texts=None, fmt="{:.3f}", xlabel="", ylabel="", cmap="Blues", least=0.0):
+    """Show a DataFrame of numbers as coloured cells, each with its number or its text of `texts`; NaN stays empty.
+
+    The colours span the numbers, and `least` at least: a table of equal AUCs must not look like one of differences.
+    """
     values = table.to_numpy(float)
     wide, tall = (1.1, 0.5) if texts is None else (1.5, 0.62)  # a text holds a number and its interval
     figure, axis = plt.subplots(figsize=(2.2 + wide * values.shape[1], 1.1 + tall * values.shape[0]))
-    low, high = np.nanmin(values), np.nanmax(values)
+    high = np.nanmax(values)
+    low = min(np.nanmin(values), high - least)
     axis.imshow(np.ma.masked_invalid(values), cmap=cmap, vmin=low - 0.05 * (high - low), vmax=high, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):

@@ -78,7 +78,8 @@ def beside_markdown(beside, metrics=("accuracy", "auc")):
     rows = [(line.study, line.what, line.measured_as, line.split, line.seeds, line.metric.replace("auc", "AUC"),
              f"{line.reported:.3f}" + (f" ({line.low:.3f}–{line.high:.3f})" if line.low == line.low else ""),
              f"{line.measured:.3f}" + (f" ± {line.sd:.3f}" if line.sd == line.sd else ""),
-             f"{line.smallest:.3f} – {line.largest:.3f}") for line in shown.dropna(subset="measured").itertuples()]
+             f"{line.smallest:.3f} – {line.largest:.3f}" if line.seeds > 1 else "–")
+            for line in shown.dropna(subset="measured").itertuples()]
     return ["Reported beside measured, decisions at 0.5 as the studies took them:", as_markdown(
         ("study", "what it ran", "run here at", "split by", "seeds", "metric", "reported", "measured", "over seeds"),
         rows, num_texts=4)]

@@ -284,6 +284,14 @@ def test_bad_input_is_named(y_true, y_score, message):
         evaluate.metrics(y_true, y_score, {})
 
 
+@pytest.mark.parametrize("healthy", [evaluate.FEWEST, 100])
+def test_the_fewest_patients_that_give_an_interval(healthy):
+    for sick, able in ((evaluate.FEWEST, True), (evaluate.FEWEST - 1, False)):
+        y_true = np.repeat([1, 0], (sick, min(healthy, sick) if healthy < 100 else healthy))
+        draw = lambda: evaluate.patient_weights(y_true, np.arange(len(y_true)), 1000, 0)  # noqa: E731, B023
+        assert draw().shape[1] >= 900 if able else pytest.raises(ValueError, draw)
+
+
 def test_other_bad_input_is_named():
     with pytest.raises(ValueError, match="patient_id"):
         evaluate.bootstrap_auc([0, 1], [0.1, 0.2], ["a"])
