@@ -80,11 +80,14 @@ def start(notebook, *, profile="smoke", data="phantom", seed=0, num_seeds=None, 
     chosen = dataclasses.replace(PROFILES[profile], image_size=image_size, epochs=epochs)
     random.seed(seed)
     cache = root() / "runs" / "cache"
-    official = loader.load_manifest("phantom_covid" if needs and str(data) == "phantom" else data, cache_dir=cache)
+    source = "phantom_covid" if needs and str(data) == "phantom" else str(data)
+    # Of notebooks that start together one reads the images, and the others find in the cache what it has made of them.
+    with records.alone(cache / "locks" / f"load-{records.canonical_sha256(source)[:12]}"):
+        official = loader.load_manifest(source, cache_dir=cache)
+        near = audit.near_duplicates(official, cache) or {"pairs": []}
     if needs and needs not in set(official["label"]):
         raise ValueError(f"{data} has no images of {needs}, which {notebook} needs. Join a folder that has, such as "
                          f"DATA={data}:path/to/{needs.lower()}.")
-    near = audit.near_duplicates(official, cache) or {"pairs": []}
     one_film = splits.tie(official, [pair[:2] for pair in near["pairs"]])
     if official["split"].eq("test").any():
         manifest = splits.assign(one_film, seed=0)
