@@ -84,8 +84,8 @@ def _thumbnails(manifest, kept, cache_dir):
     """Return the thumbnails of the rows `kept`; each set's own were made when it was scanned."""
     films = {}
     for _, part in manifest.groupby("source"):
-        films |= dict(zip(part.index, data.load_thumbnails(part, cache_dir=cache_dir), strict=True))
-    return np.stack([films[row] for row in kept])
+        films |= dict(zip(part.index, np.asarray(data.load_thumbnails(part, cache_dir=cache_dir)), strict=True))
+    return [films[row] for row in kept]  # views of what is mapped: a large set need not fit into memory
 
 
 def _trivial_auc(part):

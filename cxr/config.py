@@ -79,8 +79,11 @@ def start(notebook, *, profile="smoke", data="phantom", seed=0, num_seeds=None, 
         raise ValueError(f"PROFILE is {profile!r}; choose one of {', '.join(PROFILES)}.")
     chosen = dataclasses.replace(PROFILES[profile], image_size=image_size, epochs=epochs)
     random.seed(seed)
-    cache = root() / "runs" / "cache"
-    source = "phantom_covid" if needs and str(data) == "phantom" else str(data)
+    cache = loader.cache_folder(root() / "runs" / "cache")
+    parts = [str(data)] if pathlib.Path(data).exists() else str(data).split(":")
+    # `make` names folders as seen from the repository, and notebooks run one below.
+    parts = [str(root() / part) if "/" in part and (root() / part).exists() else part for part in parts]
+    source = "phantom_covid" if needs and str(data) == "phantom" else ":".join(parts)
     # Of notebooks that start together one reads the images, and the others find in the cache what it has made of them.
     with records.alone(cache / "locks" / f"load-{records.canonical_sha256(source)[:12]}"):
         official = loader.load_manifest(source, cache_dir=cache)

@@ -9,7 +9,6 @@ import io
 
 import cv2
 import numpy as np
-import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 
@@ -49,8 +48,8 @@ def _decode(content, size):
         reduction = _reduction(image, size)
         pixels = cv2.imdecode(np.frombuffer(content, np.uint8), _REDUCED[reduction])
         if pixels is not None:
-            turned = reduction > 1 and image.getexif().get(PIL.ExifTags.Base.Orientation, 1) > 4
-            full = pixels.shape if reduction == 1 else image.size if turned else image.size[::-1]
+            upright = tuple(-(-side // reduction) for side in image.size[::-1])  # what is turned was by its orientation
+            full = pixels.shape if reduction == 1 else image.size[::-1] if pixels.shape == upright else image.size
             return pixels if pixels.dtype == np.uint8 else _of_detector(pixels), full
     try:
         pixels = _pillow(image)

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from cxr import augment, backup, deploy, device, fitting, gan, models, objective, records, train
+from cxr import augment, backup, deploy, device, evaluate, fitting, gan, models, objective, records, train
 
 NUM_FAKES = 500
 
@@ -70,7 +70,7 @@ def trained(run, variant, recipe, build, images, manifest, spaces, seed=0):
         seed: of weights, order and codes.
 
     Raises:
-        ValueError: fewer than two images of the class in validation and test together, to judge the fakes by.
+        ValueError: too few patients of the class in validation or in test to judge the fakes by.
         FileNotFoundError: the record is there, and its generator is on another machine.
     """
     config = recipe._asdict()
@@ -78,9 +78,10 @@ def trained(run, variant, recipe, build, images, manifest, spaces, seed=0):
     path, film_path = (run.directory / place for place in (f"models/{run_id}.keras", f"cache/films/{run_id}.npy"))
     held = {name: np.flatnonzero(manifest["split"].eq(name) & manifest["label"].eq(recipe.label))
             for name in ("val", "test")}
-    if (few := sum(map(len, held.values()))) < 2:
-        raise ValueError(f"Validation and test hold {few} image of {recipe.label}; expected at least 2 that fakes can "
-                         "be held against. Add images of other patients.")
+    few = min(manifest["patient_id"].iloc[rows].nunique() for rows in held.values())
+    if few < evaluate.FEWEST:
+        raise ValueError(f"Validation or test holds {few} patients of {recipe.label}; expected {evaluate.FEWEST} in "
+                         "each, which fakes are held against. Add images of other patients.")
 
     def finish():
         start = time.monotonic()

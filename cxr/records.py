@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import platform
+import secrets
 import sys
 
 import pandas as pd
@@ -44,7 +45,7 @@ def save_atomic(save, path):
     Raises:
         OSError: as of `write_atomic`.
     """
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.{path.name}")  # pids are alike in containers
     with named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -1,4 +1,4 @@
-"""Where image sets come from: the data card in code, downloads, and the folder layouts that the five studies used."""
+"""Where image sets come from: known sets and their counts, downloads, and the layouts that the five studies used."""
 
 import hashlib
 import inspect
@@ -75,12 +75,13 @@ def _folder(folder):
     if len(tops) != 1:
         what = f"{len(tops)} sets ({', '.join(top.name for top in tops)})" if tops else "no split or class folder"
         raise FileNotFoundError(f"{folder} holds {what}. Expected {LAYOUT}; name one set, or join two with ':'.")
-    files, ignored, closed, visited = [], {}, [], set()
+    files, ignored, closed, above = [], {}, [], {}
     for here, folders, names in os.walk(tops[0], followlinks=True, onerror=lambda error: closed.append(error.filename)):
-        if (place := os.path.realpath(here)) in visited:  # a link to a folder above, which would show its images again
+        place, over = os.path.realpath(here), above.get(os.path.dirname(here), frozenset())
+        if place in over:  # a link to a folder above itself, which would show its images without end
             folders.clear()
             continue
-        visited.add(place)
+        above[here] = over | {place}
         folders[:] = sorted(filter(_wanted, folders))
         parts = pathlib.Path(here).relative_to(tops[0]).parts
         lower = [part.lower() for part in parts]

@@ -76,6 +76,12 @@ def test_a_link_to_a_folder_above_shows_no_image_twice(tmp_path, cache):
     assert data.load_manifest(root, cache_dir=cache)["image_id"].tolist() == sorted(TWO)
 
 
+def test_a_split_that_is_a_link_to_another_is_read_as_it_stands(tmp_path, cache):
+    root = plant(tmp_path / "set", *TWO)
+    (root / "pred").symlink_to(root / "test")
+    assert data.load_manifest(root, cache_dir=cache)["split"].eq("test").sum() == 4
+
+
 def test_a_folder_that_is_closed_or_gone_is_named(tmp_path, cache, monkeypatch):
     root = plant(tmp_path / "set", *TWO, "train/NORMAL/closed/9.png")
     (root / "test" / "NORMAL" / "more").symlink_to(tmp_path / "unmounted")
@@ -211,7 +217,7 @@ def archive(path, **changes):
     return path, arrays
 
 
-def test_a_local_archive_is_read_and_said_to_be_unofficial(tmp_path, cache):
+def test_a_local_archive_is_read(tmp_path, cache):
     path, arrays = archive(tmp_path / "pneumoniamnist.npz")
     manifest = data.load_manifest(path, cache_dir=cache)
     assert len(manifest) == 18

@@ -42,7 +42,7 @@ def test_a_class_without_images_to_judge_by_stops_before_training(run, two):
     recipe, build, images, manifest, spaces = arguments(two)
     held = manifest["split"].isin(["val", "test"]) & manifest["label"].eq("COVID19")
     lonely = manifest.assign(split=manifest["split"].mask(held, "pred"))
-    with pytest.raises(ValueError, match="hold 0 image of COVID19"):
+    with pytest.raises(ValueError, match="holds 0 patients of COVID19"):
         generate.trained(run, "lonely", recipe, build, images, lonely, spaces)
 
 
