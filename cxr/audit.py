@@ -25,8 +25,8 @@ def audit(manifest, *, cache_dir=None):
         JSON-able dict: `source, synthetic, root, ignored, counts`; `images` and `patients` by split; `classes` (of a
         split, images by label); `unreadable` (list of `image_id, path, reason`); `duplicates` (by split the redundant
         files after the first, then pictures that stand in several splits and pictures with two labels);
-        `near_duplicates` (`pairs` as `[image_id, image_id, correlation]`, and how many join two splits or two
-        patients; `too_small`, how many images below 112 px were not looked at; `None` where all are);
+        `near_duplicates` (`pairs` as `[image_id, image_id, correlation]`, and how many join two splits, two patients or
+        two labels; `too_small`, how many images below 112 px were not looked at; `None` where all are);
         `nameless` (images whose name tells no patient); `patients_across_splits` (train and test, under both keys);
         `trivial_auc` (of a split, AUC against *not normal* by score); `checks` (dicts of `check`, `finding` and
         `verdict`: OK, WARN or FAIL).
@@ -73,11 +73,12 @@ def near_duplicates(manifest, cache_dir):
         pairs = dedup.near_pairs(_thumbnails(manifest, unique.index, cache_dir))
         data.write_cached(path, pairs)
     i, j = np.array([pair[:2] for pair in pairs], int).reshape(-1, 2).T
-    image, split, patient = (unique[name].to_numpy() for name in ("image_id", "split", "patient_id"))
+    image, split, patient, label = (unique[name].to_numpy() for name in ("image_id", "split", "patient_id", "label"))
     apart = (split[i] != split[j]) & (split[i] != "pred") & (split[j] != "pred")
     return {"pairs": [[image[a], image[b], round(score, 3)] for a, b, score in pairs],
             "too_small": too_small, "across_splits": int(apart.sum()),
-            "across_patients": int((patient[i] != patient[j]).sum())}
+            "across_patients": int((patient[i] != patient[j]).sum()),
+            "across_labels": int(((label[i] != label[j]) & (label[i] != "") & (label[j] != "")).sum())}
 
 
 def _thumbnails(manifest, kept, cache_dir):
@@ -122,9 +123,10 @@ def _checks(found):
     if near is None:
         yield "near duplicates", "WARN", f"not looked for: there are images below {dedup.SIDE} px"
     else:
-        yield ("near duplicates", "FAIL" if near["across_splits"] else verdict(near["pairs"] or near["too_small"]),
+        worst = near["across_splits"] or near["across_labels"]
+        yield ("near duplicates", "FAIL" if worst else verdict(near["pairs"] or near["too_small"]),
                f"pairs: {len(near['pairs'])}, across splits: {near['across_splits']}, "
-               f"across patients: {near['across_patients']}"
+               f"across patients: {near['across_patients']}, across labels: {near['across_labels']}"
                + f"; not looked at: {near['too_small']} below {dedup.SIDE} px" * bool(near["too_small"]))
     patients, numbers = found["patients_across_splits"].values()
     yield "patients in train and test", verdict(patients, "FAIL"), f"{patients} (of {_listed(found['patients'])})"

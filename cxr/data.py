@@ -304,7 +304,7 @@ def _write_images(images, size, place, path_of):
     """
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".images-") as temporary:
         part, count = pathlib.Path(temporary, "images.npy"), 0
-        with records.named(place), open(part, "wb") as file:
+        with records.named(place), open(part, "wb", buffering=1 << 22) as file:  # after each write threads queue
             _write_header(file, count, size)
             for image in images:
                 file.write(image)

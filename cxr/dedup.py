@@ -13,13 +13,13 @@ import joblib
 import numpy as np
 from scipy import fft
 
-VERSION = "v3"  # raise it when other pairs come out; cached results carry it
+VERSION = "v4"  # raise it when other pairs come out; cached results carry it
 SAME_FILM = 0.75
 SIDE = 112  # px at which two films are compared; in fewer the detail that tells them apart is gone
 _NEIGHBOURS, _ALIKE = 3, 0.35  # proposals an image, and the least likeness of one
 _STRETCHES = 0.8, 0.9, 1.0, 1.1, 1.25  # of the height: films of other proportions were squeezed to one square
 _NEAR = 0.66  # correlation at the best stretch and shift above which a pair is aligned: copies reach 0.70, most do not
-_LIKELY = 0.8  # after a coarse alignment, above which it is looked at closely: verified copies reach 0.86, others 0.75
+_COARSE, _LIKELY = 48, 0.8  # px of a first alignment, and the correlation it must reach: copies 0.86, others 0.75
 
 
 def near_pairs(images):
@@ -38,13 +38,15 @@ def near_pairs(images):
         return []
     described = _details(images, 32, 1.5)
     pairs = _neighbours(described.reshape(len(images), -1))
-    pairs = pairs[_best_fit(described, pairs) > _NEAR]
+    correlation, stretch = _best_fit(described, pairs)
+    pairs, stretch = pairs[correlation > _NEAR], stretch[correlation > _NEAR]
     kept, places = np.unique(pairs, return_inverse=True)
-    small = _details(images, 48, 2, kept)
-    likely = _in_threads(lambda pair: _align(*small[pair], 10)[0] > _LIKELY, places.reshape(-1, 2))
-    pairs = pairs[np.array(likely, bool)].tolist()
-    scores = _in_threads(lambda pair: same_film(images[pair[0]], images[pair[1]]), pairs)
-    found = [(*pair, score) for pair, score in zip(pairs, scores, strict=True) if score >= SAME_FILM]
+    small = _details(images, _COARSE, 2, kept)
+    coarse = _in_threads(lambda case: _align(*small[case[0]], 4, stretch=case[1]),
+                         list(zip(places.reshape(-1, 2), stretch, strict=True)))
+    likely = [(*pair, warp) for pair, (reached, warp) in zip(pairs.tolist(), coarse, strict=True) if reached > _LIKELY]
+    scores = _in_threads(lambda case: _same_film(images[case[0]], images[case[1]], case[2]), likely)
+    found = [(i, j, score) for (i, j, _), score in zip(likely, scores, strict=True) if score >= SAME_FILM]
     return sorted(found, key=lambda item: -item[2])
 
 
@@ -69,21 +71,28 @@ def _neighbours(described):
 
 
 def _best_fit(details, pairs):
-    """Return the correlation of each pair at the best of `_STRETCHES` and of all shifts around the edges, `(m,)`."""
-    side, best = details.shape[1], np.zeros(len(pairs))
+    """Return the correlation of each pair at the best of all shifts around the edges and of `_STRETCHES`, and which."""
+    side, best, chosen = details.shape[1], np.zeros(len(pairs)), np.ones(len(pairs))
     still = fft.rfft2(details, workers=-1)
     for stretch in _STRETCHES:
-        matrix = np.float32([[1, 0, 0], [0, stretch, (1 - stretch) * (side - 1) / 2]])
-        moved = cv2.warpAffine(np.eye(side, dtype=np.float32), matrix, (side, side)) @ details
+        turned = cv2.warpAffine(np.eye(side, dtype=np.float32), _stretched(stretch, side), (side, side))
+        moved = turned @ details
         moved = fft.rfft2(moved / (np.linalg.norm(moved, axis=(1, 2), keepdims=True) + 1e-6), workers=-1).conj()
 
-        def fit(start, moved=moved):
-            first, second = pairs[start:start + 256].T
-            shifts = fft.irfft2(still[first] * moved[second], (side, side))
-            best[start:start + 256] = np.maximum(best[start:start + 256], shifts.max((1, 2)))
+        def fit(start, moved=moved, stretch=stretch):
+            part = slice(start, start + 256)
+            first, second = pairs[part].T
+            reached = fft.irfft2(still[first] * moved[second], (side, side)).max((1, 2))
+            chosen[part][reached > best[part]] = stretch
+            best[part] = np.maximum(best[part], reached)
 
         _in_threads(fit, range(0, len(pairs), 256))
-    return best
+    return best, chosen
+
+
+def _stretched(stretch, side):
+    """Return the affine map that stretches the height about the middle."""
+    return np.float32([[1, 0, 0], [0, stretch, (1 - stretch) * (side - 1) / 2]])
 
 
 def _details(images, side, sigma, rows=None):
@@ -111,13 +120,19 @@ def _blurred(maps, sigma):
     return cv2.GaussianBlur(maps, (0, 0), sigma).reshape(maps.shape)  # OpenCV drops the axis of a single channel
 
 
-def _align(first, second, iterations):
-    """Return the correlation reached, and the affine map that reaches it (ECC, started from phase correlation)."""
-    side = len(first)
-    shift, _ = cv2.phaseCorrelate(first * side, second * side)
-    warp = np.eye(2, 3, dtype=np.float32)
-    if max(map(abs, shift)) < side / 8:
-        warp[:, 2] = shift
+def _align(first, second, iterations, *, stretch=1.0, start=None):
+    """Return the correlation reached, and the affine map that reaches it (ECC).
+
+    It starts from `start`, a map from places in `first` to places in `second`, or from `stretch` and the shift that
+    phase correlation tells.
+    """
+    side, warp = len(first), start
+    if warp is None:
+        warp = _stretched(1 / stretch, side)
+        moved = second if stretch == 1 else cv2.warpAffine(second, warp, (side, side), flags=cv2.WARP_INVERSE_MAP)
+        shift, _ = cv2.phaseCorrelate(first * side, moved * side)
+        if max(map(abs, shift)) < side / 8:
+            warp[:, 2] += shift[0], shift[1] / stretch
     criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, iterations, 1e-3)
     try:
         return cv2.findTransformECC(first * side, second * side, warp, cv2.MOTION_AFFINE, criteria, None, 1)
@@ -130,7 +145,13 @@ def same_film(first, second):
 
     Source: Evangelidis & Psarakis 2008 (enhanced correlation coefficient).
     """
-    _, warp = _align(*_details([first, second], SIDE, 4), 30)
+    return _same_film(first, second, None)
+
+
+def _same_film(first, second, coarse):
+    """Return what `same_film` does, aligned from a map that was found at `_COARSE` px where there is one."""
+    start = None if coarse is None else coarse * np.float32([1, 1, SIDE / _COARSE])
+    _, warp = _align(*_details([first, second], SIDE, 4), 30, start=start)
     how = {"dsize": (SIDE, SIDE), "flags": cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP}
     fine, other = _details([first, second], SIDE, 2)
     moved = cv2.warpAffine(other, warp, **how)

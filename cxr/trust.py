@@ -1,4 +1,4 @@
-"""Is it the lung or the scanner? Probes that change what should not matter, suspected labels, shared errors.
+"""Is it the lung or the scanner? Probes that change what should not matter, suspected labels.
 
 Images are uint8 `(n, size, size)`, masks bool of the same shape. Nothing here needs Keras: a network comes in as a
 function from images to scores.

@@ -100,15 +100,20 @@ def two_labels(folder):
     return "pictures with two labels"
 
 
-def leak_near_duplicate(folder):
+def leak_near_duplicate(folder, place="test/NORMAL"):
     import cv2
 
     image = cv2.imread(str(first(folder, "train/NORMAL/*.jpeg")), cv2.IMREAD_GRAYSCALE)
-    cv2.imwrite(str(folder / "test" / "NORMAL" / "brighter.jpeg"), cv2.convertScaleAbs(image, alpha=1.1))
+    cv2.imwrite(str(folder / place / "brighter.jpeg"), cv2.convertScaleAbs(image, alpha=1.1))
     return "near duplicates"
 
 
-@pytest.mark.parametrize("spoil", [leak_picture, leak_patient, two_labels, leak_near_duplicate])
+def two_labels_of_near_duplicates(folder):
+    return leak_near_duplicate(folder, "train/PNEUMONIA")
+
+
+@pytest.mark.parametrize("spoil", [leak_picture, leak_patient, two_labels, leak_near_duplicate,
+                                   two_labels_of_near_duplicates])
 def test_what_invalidates_a_result_fails(copied, spoil):
     check = spoil(copied[0])
     found = examine(*copied)

@@ -57,9 +57,16 @@ def test_stretched_and_shifted_films_still_correlate_before_they_are_aligned(tal
     matrix = np.float32([[1, 0, right], [0, taller, 112 * (1 - taller)]])
     copies = np.stack([cv2.warpAffine(film, matrix, (224, 224), borderMode=cv2.BORDER_REPLICATE) for film in films()])
     details, rows = dedup._details(np.concatenate([films(), copies]), 32, 1.5), np.arange(PATIENTS)
-    own = dedup._best_fit(details, np.stack([rows, PATIENTS + rows], 1))
-    others = dedup._best_fit(details, np.stack([rows, PATIENTS + np.roll(rows, 1)], 1))
+    own, _ = dedup._best_fit(details, np.stack([rows, PATIENTS + rows], 1))
+    others, _ = dedup._best_fit(details, np.stack([rows, PATIENTS + np.roll(rows, 1)], 1))
     assert own.min() > dedup._NEAR and (own > others).all()
+
+
+@pytest.mark.parametrize("cut", [16, 22])
+def test_a_film_of_other_proportions_is_found(cut):
+    copies = np.stack([cv2.resize(film[cut:-cut], (224, 224)) for film in films()[:4]])
+    found = {(i, j) for i, j, _ in dedup.near_pairs(np.concatenate([films(), copies]))}
+    assert found == {(i, PATIENTS + i) for i in range(4)}
 
 
 def test_a_film_is_itself_and_order_does_not_matter():
