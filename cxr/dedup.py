@@ -25,8 +25,9 @@ _COARSE, _LIKELY = 48, 0.8  # px of a first alignment, and the correlation it mu
 def near_pairs(images):
     """Return pairs of images that show the same film, altered.
 
-    Found: re-encoding, resizing, exposure, contrast, blur, burnt-in text, shifts, crops to about 4 % and turns to about
-    3°. Not looked for: mirrored images, larger crops.
+    Found: re-encoding, resizing, exposure, contrast, blur, burnt-in text, another height, turns to 3°, shifts to 3 %
+    and crops of 4 % of a side in all (of 150 films of `chest_xray` 95 % or more of each). Not looked for: mirrored
+    images, larger crops.
 
     Args:
         images: uint8 `(n, size, size)`, of `SIDE` px or more, without exact duplicates.
@@ -75,8 +76,8 @@ def _best_fit(details, pairs):
     side, best, chosen = details.shape[1], np.zeros(len(pairs)), np.ones(len(pairs))
     still = fft.rfft2(details, workers=-1)
     for stretch in _STRETCHES:
-        turned = cv2.warpAffine(np.eye(side, dtype=np.float32), _stretched(stretch, side), (side, side))
-        moved = turned @ details
+        taller = cv2.warpAffine(np.eye(side, dtype=np.float32), _stretched(stretch, side), (side, side))
+        moved = taller @ details
         moved = fft.rfft2(moved / (np.linalg.norm(moved, axis=(1, 2), keepdims=True) + 1e-6), workers=-1).conj()
 
         def fit(start, moved=moved, stretch=stretch):
