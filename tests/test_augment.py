@@ -35,6 +35,16 @@ def test_strategy_acts_while_training_only(name, images):
     assert np.asarray(trained).min() > -0.3 and np.asarray(trained).max() < 1.3
 
 
+@pytest.mark.parametrize("name, lowers", [("contrast", False), ("contrast_both_ways", True)])
+def test_contrast_goes_the_way_that_notebook_03_says(name, lowers, images):
+    keras.utils.set_random_seed(1)
+    layer, = augment.stack(name)
+    calm = 0.4 + 0.2 * images  # nothing is clipped
+    drawn = np.stack([np.asarray(layer(calm, training=True)) for _ in range(8)])
+    spread = drawn.std((2, 3, 4)) / calm.std((1, 2, 3))
+    assert spread.max() > 1.1 and (spread.min() < 0.9 if lowers else spread.min() >= 0.999)
+
+
 @pytest.mark.parametrize("mode", augment.MIX_MODES)
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
 def test_mixing_keeps_ranges_and_is_reproducible(mode, ratio):
