@@ -1,11 +1,12 @@
 """How fast a set is searched for copies, and how many of the pairs are wrong: `cxr.audit` against imagededup.
 
-Both sides read the same files from disk, as they are and then as JPEGs of the size that the Kermany set is published
-in (1328 x 971 on average): enlarged and with film grain, so that they are as large on disk too. Ours is the whole
-audit, with empty caches: copies by bytes and by pixels, near duplicates, splits, patients and shortcuts. Theirs is the
+Both sides read the same files, as they are and then as JPEGs of the size that the Kermany set is published in
+(1328 x 971 on average): enlarged and with film grain, so that they are as large on disk too. Ours is the whole audit,
+with empty caches: copies by bytes and by pixels, near duplicates, splits, patients and shortcuts. Theirs is the
 perceptual hash alone, with imagededup's own number of processes and its default distance of 10, and with distance 0.
-Both take turns, and the median turn counts. A pair is false when it joins films of different patients whose pixels
-differ. imagededup is no dependency of the lab; it brings torch and torchvision, which its hash does not use.
+Both take turns, and the median turn counts; before each the files are brought into the page cache, or whichever comes
+after a pause would pay for the disk. A pair is false when it joins films of different patients whose pixels differ.
+imagededup is no dependency of the lab; it brings torch and torchvision, which its hash does not use.
 
     pip install imagededup
     python benchmarks/audit.py [FOLDER]     # a set of images, whose result is kept; without it, phantoms with copies
@@ -52,8 +53,15 @@ def enlarge(manifest, folder):
     os.sync()  # or whichever side is first pays for writing them to the disk
 
 
+def read(folder):
+    """Bring the files into the page cache."""
+    for path in filter(pathlib.Path.is_file, folder.rglob("*")):
+        path.read_bytes()
+
+
 def ours(folder):
     """Return the seconds of an audit and the pairs that it found, as sets of two image ids."""
+    read(folder)
     with tempfile.TemporaryDirectory() as cache:
         start = time.perf_counter()
         manifest = data.load_manifest(folder, cache_dir=cache)
@@ -68,6 +76,7 @@ def theirs(folder):
     """Return of each distance the seconds of imagededup's perceptual hash and its pairs, as sets of two paths."""
     from imagededup.methods import PHash
 
+    read(folder)
     start = time.perf_counter()
     hasher = PHash(verbose=False)
     codes = hasher.encode_images(image_dir=str(folder), recursive=True)
@@ -102,7 +111,7 @@ def compare(folder, temporary, turns):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=pathlib.Path)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         temporary = pathlib.Path(temporary)

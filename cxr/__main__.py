@@ -114,6 +114,9 @@ def _evaluate(source, model, out):
     left_out = {name: record["data"][name] for name in ("unreadable", "ignored", "dropped") if record["data"][name]}
     if left_out:
         print(f"left out: {_dumps(left_out).strip()}")
+    if not record["data"]["copies_recognised"]:
+        print(f"{about['run_id']} was exported when files were decoded otherwise: pictures that it has learnt from may "
+              "be among these. Export it again to know.")
     print(f"{out}/{record['run_id']}.json")
     return 0
 

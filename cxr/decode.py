@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-VERSION = "v5"  # part of every cache key: raise it when a pixel or a fact comes out differently
+VERSION = "v6"  # part of every cache key: raise it when a pixel or a fact comes out differently
 FILM = 224  # px at which facts are told, as the source studies looked at films
 MAX_PIXELS = 80_000_000  # five times the largest detector: a header that says more is a bomb, or no radiograph
 _END = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
@@ -178,13 +178,15 @@ def _halved(image, width, height):
 def facts(content):
     """Return what the audit wants to know of an image file, and the film at 224 px.
 
-    A JPEG is looked at in a half or a quarter of its size where that keeps 448 px: two films that are equal there are
-    one, and decoding and hashing all of it would take twice as long. (From 284 px, films came out blurrier by a seventh
-    of `blur`'s spread, from 485 px by none of it: a class of larger films must not look blurrier for being read so.)
+    A JPEG is looked at in a half or a quarter of its size where that keeps 448 px, and its film alone is hashed: two
+    that are equal there are one, and decoding and hashing all of it would take twice as long. (From 284 px, films came
+    out blurrier by a seventh of `blur`'s spread, from 485 px by none of it: a class of larger films must not look
+    blurrier for being read so.)
 
     Returns:
-        facts: dict of `pixel_sha256` (of shape and pixels), `height` and `width` of the file, `mean_grey` in [0, 255],
-            and `blur`: the negated mean gradient magnitude at 224 x 224 (grey levels a pixel; higher is blurrier).
+        facts: dict of `pixel_sha256` (of shape and pixels, or film), `height` and `width` of the file, `mean_grey` in
+            [0, 255], and `blur`: the negated mean gradient magnitude at 224 x 224 (grey levels a pixel; higher is
+            blurrier).
         film: uint8 `(224, 224)`, squeezed.
     """
     image, (height, width) = _decode(content, 2 * FILM / _ROOM)
@@ -192,7 +194,7 @@ def facts(content):
     energy = _squared_steps(film, 1)
     energy += _squared_steps(film, 0)
     digest = hashlib.sha256(b"%d x %d:" % (height, width))
-    digest.update(np.ascontiguousarray(image))
+    digest.update(np.ascontiguousarray(image if image.shape == (height, width) else film))
     return {"pixel_sha256": digest.hexdigest(), "height": height, "width": width, "mean_grey": cv2.mean(image)[0],
             "blur": -cv2.mean(np.sqrt(energy, out=energy))[0]}, film
 

@@ -43,6 +43,7 @@ def export(run, record, folder):
              "synthetic": record["data"]["synthetic"], "image_size": size, "thresholds": record["thresholds"],
              "threshold": evaluate.THRESHOLD, "temperature": record["calibration"]["temperature"],
              "ece": record["calibration"]["ece_calibrated"], "known": known,
+             "decoding": decode.VERSION,  # by which the hashes that follow were made
              "seen": sorted({digest[:SHORT] for digest in run.manifest["pixel_sha256"].iloc[rows]}),
              "test": {name: record["metrics"]["test"][name] for name in
                       ("auc", *(f"{metric}@{evaluate.THRESHOLD}" for metric in ("sensitivity", "specificity", "ppv")))}}

@@ -270,6 +270,7 @@ def external(source, model, about, out, *, cache_dir=None):
     record = {"schema": 1, "run_id": name, "model": about["run_id"], "trained_on": about["source"],
               "data": {"source": manifest.attrs["source"], "synthetic": bool(manifest.attrs["synthetic"]),
                        "num_images": len(table), "num_patients": int(table["patient_id"].nunique()),
+                       "copies_recognised": about.get("decoding") == decode.VERSION,  # else hashes may differ
                        "dropped": len(labelled) - len(table), "ignored": manifest.attrs["ignored"],
                        "unreadable": [bad["image_id"] for bad in manifest.attrs["unreadable"]],
                        "labels": manifest["label"].value_counts().to_dict()},

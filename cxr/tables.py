@@ -107,8 +107,10 @@ def table(loaded, *, threshold="sensitivity_95"):
     shifted_auc, gap` (validation minus test AUC), `ece`; the index is the run group. Absent numbers are NaN.
 
     Raises:
-        ValueError: the records do not share data source, manifest and test set.
+        ValueError: the records do not share data source, manifest and test set, or are of generators.
     """
+    if generators := sorted({record["group"] for record in loaded if record["purpose"] == "generate"}):
+        raise ValueError(f"A generator scores no images: {', '.join(generators[:6])}. Give a list of `cohorts`.")
     for field, values in {"source": {record["data"]["source"] for record in loaded},
                           "manifest": {record["data"]["manifest_sha256"] for record in loaded},
                           "test set": {record["test_sha256"] for record in loaded}}.items():

@@ -210,6 +210,17 @@ def test_an_external_set_is_judged_by_the_frozen_thresholds(lab, tmp_path, capsy
         predict.external(tmp_path / "renamed", *deploy.load(path), tmp_path)
 
 
+def test_a_model_whose_hashes_are_of_another_decoding_says_so(lab, tmp_path, capsys):
+    phantom.write(tmp_path / "other", num_train=40, num_val=4, num_test=20, size=96, seed=11)
+    about = json.loads(lab[2].with_suffix(".json").read_text())
+    shutil.copy(lab[2], tmp_path / "old.keras")
+    for decoding, told in ((about["decoding"], False), ("v0", True)):
+        (tmp_path / "old.json").write_text(json.dumps(about | {"decoding": decoding}))
+        assert cli.main(["evaluate", str(tmp_path / "other"), "--model", str(tmp_path / "old.keras"),
+                         "--out", str(tmp_path / "out")]) == 0
+        assert ("decoded otherwise" in capsys.readouterr().out) == told
+
+
 def test_what_an_external_set_leaves_out_is_told(lab, tmp_path, capsys):
     phantom.write(tmp_path / "other", num_train=40, num_val=4, num_test=20, size=96, seed=11)
     films = {label: sorted((tmp_path / "other" / "train" / label).glob("*")) for label in ("NORMAL", "PNEUMONIA")}

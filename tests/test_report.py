@@ -179,6 +179,8 @@ def test_a_table_does_not_mix_test_sets_but_cohorts_part_them(copied, tmp_path):
     same_manifest = [record | {"data": mixed[0]["data"]} for record in mixed]
     with pytest.raises(ValueError, match="test set"):
         report.table(same_manifest)
+    with pytest.raises(ValueError, match="scores no images"):
+        report.table([*other, other[0] | {"purpose": "generate"}])
 
 
 def test_better_is_written_only_where_the_corrected_p_allows_it(loaded):
