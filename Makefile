@@ -45,7 +45,8 @@ RUN := runs/$(PROFILE)-$(SLUG)
 PUBLISHED := results/$(patsubst kaggle,chest_xray,$(SLUG:.npz=))
 
 ALL := $(sort $(basename $(notdir $(wildcard notebooks/[0-9]*.ipynb))))
-CHOSEN := $(if $(NOTEBOOKS),$(foreach number,$(NOTEBOOKS),$(filter $(number)%,$(ALL))),$(ALL))
+CHOSEN := $(if $(NOTEBOOKS),$(foreach number,$(NOTEBOOKS),$(or $(filter $(number) $(number)_%,$(ALL)),\
+  $(error No notebook matches $(number) of NOTEBOOKS="$(NOTEBOOKS)"; there are $(ALL)))),$(ALL))
 EXECUTED := $(CHOSEN:%=$(RUN)/notebooks/%.ipynb)
 REPORT := $(RUN)/notebooks/10_comparison_report.ipynb
 OVERRIDES := $(foreach name,NUM_SEEDS IMAGE_SIZE EPOCHS,$(if $($(name)),-p $(name) $($(name))))
@@ -72,7 +73,6 @@ $(READY): requirements.txt requirements-dev.txt
 # In this order two cores are busy to the end: 09 waits for 02 to 06 and runs beside 07, the report waits for all.
 ORDER := $(foreach number,05 08 03 02 06 04 01 09 07,$(filter $(RUN)/notebooks/$(number)%,$(EXECUTED)))
 reproduce: $(ORDER) $(EXECUTED)  ## run the notebooks end to end and write the report
-	@$(if $(CHOSEN),,echo "No notebook matches NOTEBOOKS=\"$(NOTEBOOKS)\"; there are $(ALL)" >&2; exit 2)
 	@echo "Done. Notebooks: $(RUN)/notebooks$(if $(filter %10_comparison_report.ipynb,$(EXECUTED)),   Report: $(RUN)/report.html)"
 
 $(RUN)/notebooks/%.ipynb: export TF_NUM_INTRAOP_THREADS ?= $(shell echo $$(( $(CORES) / ($(words $(CHOSEN)) < $(JOBS) ? $(words $(CHOSEN)) : $(JOBS)) )))
@@ -123,6 +123,7 @@ lint: $(READY)  ## ruff over package, tests, benchmarks and notebooks
 	$(VENV)/bin/ruff check .
 
 publish: $(READY)  ## copy the records, figures and exported models of a full run into the repository: make publish PROFILE=full DATA=…
+	@test "$(PROFILE)" = full || { echo "A full run is what is published: make publish PROFILE=full DATA=…" >&2; exit 2; }
 	@test -d $(RUN)/results/records || { echo "$(RUN)/results/records is missing: make reproduce PROFILE=$(PROFILE) DATA=$(DATA) first" >&2; exit 2; }
 	@mkdir -p $(PUBLISHED)/records $(PUBLISHED)/predictions figures
 	cp -n $(RUN)/results/predictions/*.csv.gz $(PUBLISHED)/predictions/

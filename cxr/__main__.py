@@ -116,7 +116,7 @@ def _evaluate(source, model, out):
         print(f"left out: {_dumps(left_out).strip()}")
     if not record["data"]["copies_recognised"]:
         print(f"{about['run_id']} was exported when files were decoded otherwise: pictures that it has learnt from may "
-              "be among these. Export it again to know.")
+              "be among these. Run the notebook that trained it once more to know.")
     print(f"{out}/{record['run_id']}.json")
     return 0
 

@@ -10,6 +10,7 @@ from sklearn import metrics
 from cxr import data, decode, dedup, evaluate, records, splits
 
 SHORTCUT = 0.7  # AUC, either way round, from which a score that looks at no anatomy earns a warning
+DARK = 45  # mean grey level that every film of the published sets exceeds, of 255; 14 of 16 bits keep a quarter of it
 TINY = 100  # images below which a validation split cannot rank models
 FEWEST = {"train": 25, "test": evaluate.FEWEST}  # of a class: below it validation, drawn from train, has no interval
 
@@ -27,7 +28,8 @@ def audit(manifest, *, cache_dir=None):
         files after the first, then pictures that stand in several splits and pictures with two labels);
         `near_duplicates` (`pairs` as `[image_id, image_id, correlation]`, and how many join two splits, two patients or
         two labels; `too_small`, how many images below 112 px were not looked at; `None` where all are);
-        `nameless` (images whose name tells no patient); `patients_across_splits` (train and test, under both keys);
+        `dark` (images that hardly use their grey levels); `nameless` (images whose name tells no patient);
+        `patients_across_splits` (train and test, under both keys);
         `trivial_auc` (of a split, AUC against *not normal* by score); `checks` (dicts of `check`, `finding` and
         `verdict`: OK, WARN or FAIL).
     """
@@ -39,6 +41,7 @@ def audit(manifest, *, cache_dir=None):
         "classes": _by_split(labelled, lambda part: part["label"].value_counts().sort_index().to_dict()),
         "duplicates": _duplicates(manifest),
         "near_duplicates": near_duplicates(manifest, cache_dir),
+        "dark": int(manifest["mean_grey"].lt(DARK).sum()),
         "nameless": int(manifest["patient_id"].str.startswith("file/").sum()),
         "patients": _by_split(manifest, lambda part: part["patient_id"].nunique()),
         "patients_across_splits": {key: shared[key] for key in ("by_etiology_and_number", "by_number")},
@@ -65,13 +68,14 @@ def near_duplicates(manifest, cache_dir):
     unique = counts_most.drop_duplicates("pixel_sha256").sort_index()
     too_small = unique[["height", "width"]].min(axis=1) < dedup.SIDE
     unique, too_small = unique[~too_small], int(too_small.sum())
-    if len(unique) < 2:
+    if not len(unique):
         return None
     key = records.canonical_sha256([decode.VERSION, dedup.VERSION, unique["pixel_sha256"].tolist()])[:24]
     path = data.cache_folder(cache_dir) / f"near-{key}.json"
     if (pairs := data.read_cached(path)) is None:
         pairs = dedup.near_pairs(_thumbnails(manifest, unique.index, cache_dir))
         data.write_cached(path, pairs)
+    pairs = [pair for pair in pairs if not manifest.attrs["synthetic"] or pair[2] >= dedup.SAME_PHANTOM]
     i, j = np.array([pair[:2] for pair in pairs], int).reshape(-1, 2).T
     image, split, patient, label = (unique[name].to_numpy() for name in ("image_id", "split", "patient_id", "label"))
     apart = (split[i] != split[j]) & (split[i] != "pred") & (split[j] != "pred")
@@ -108,6 +112,9 @@ def _checks(found):
     yield "readable files", verdict(bad), f"{sum(images.values()):,} read, {len(bad):,} not"
     if found["ignored"]:
         yield "outside the layout", "WARN", f"not used: {_listed(found['ignored'])}"
+    if found["dark"]:
+        yield ("dark images", "WARN", f"{found['dark']:,}, of a mean grey level below {DARK}: do the files use fewer "
+                                      "bits than their format says? Save them stretched to all of them")
     if counts["expected"]:
         differ = counts["found"] != counts["expected"]
         yield "published counts", verdict(differ), f"expected {counts['expected']}" if differ else "as published"
@@ -121,7 +128,7 @@ def _checks(found):
     conflicts = copies["label_conflicts"]
     yield "pictures with two labels", verdict(conflicts, "FAIL"), f"pictures: {conflicts}"
     if near is None:
-        yield "near duplicates", "WARN", f"not looked for: there are images below {dedup.SIDE} px"
+        yield "near duplicates", "WARN", f"not looked for: all images are below {dedup.SIDE} px"
     else:
         worst = near["across_splits"] or near["across_labels"]
         yield ("near duplicates", "FAIL" if worst else verdict(near["pairs"] or near["too_small"]),

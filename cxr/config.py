@@ -73,10 +73,14 @@ def start(notebook, *, profile="smoke", data="phantom", seed=0, num_seeds=None, 
         needs: a class beside the usual two, `COVID19`; `phantom` is then the one that has it.
 
     Raises:
-        ValueError: unknown profile, or data that cannot be used (the message says what to do).
+        ValueError: unknown profile, a number that is none, or data that cannot be used (the message says what to do).
     """
     if profile not in PROFILES:
         raise ValueError(f"PROFILE is {profile!r}; choose one of {', '.join(PROFILES)}.")
+    for name, value, least in (("SEED", seed, 0), ("NUM_SEEDS", num_seeds, 1), ("IMAGE_SIZE", image_size, 8),
+                               ("EPOCHS", epochs, 1)):
+        if value is not None and not (isinstance(value, int) and value >= least):
+            raise ValueError(f"{name} is {value!r}; expected a whole number from {least}.")
     chosen = dataclasses.replace(PROFILES[profile], image_size=image_size, epochs=epochs)
     random.seed(seed)
     cache = loader.cache_folder(root() / "runs" / "cache")

@@ -146,7 +146,7 @@ def _scan(files, cache):
                 yield small
 
     def path(count):
-        digests = [row["pixel_sha256"] for row in rows]
+        digests = [row["sha256"] for row in rows]
         return _images_path("thumbnails", dedup.SIDE, digests, cache) if count == len(rows) > 0 else None
 
     _write_images(thumbnails(), dedup.SIDE, cache / "thumbnails.npy", path)
@@ -161,18 +161,28 @@ def _reader(paths):
 
     def read(path):
         if ".npz::" not in path:
-            about = os.stat(path)
-            if stat.S_ISDIR(about.st_mode):
-                raise ValueError("a folder that cannot be opened, with all that it holds")
-            if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_BYTES:
-                raise ValueError(f"not a regular file of at most {MAX_BYTES >> 20} MiB")
-            return pathlib.Path(path).read_bytes()
+            return read_file(path)
         name, _, place = path.partition("::")
         array, index = place.split("/")
         image = archives[name][array][int(index)]
         return b"P5 %d %d 255\n" % image.shape[::-1] + image.tobytes()  # as a PGM file: one decoder serves all
 
     return read
+
+
+def read_file(path):
+    """Return the bytes of a file.
+
+    Raises:
+        ValueError: too large, or no file at all but a folder that was closed to whoever listed it, a pipe, a device.
+        OSError: it cannot be read.
+    """
+    about = os.stat(path)
+    if stat.S_ISDIR(about.st_mode):
+        raise ValueError("a folder that cannot be opened, with all that it holds")
+    if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_BYTES:
+        raise ValueError(f"not a regular file of at most {MAX_BYTES >> 20} MiB")
+    return pathlib.Path(path).read_bytes()
 
 
 @contextlib.contextmanager
@@ -262,12 +272,13 @@ def load_thumbnails(manifest, *, cache_dir=None):
                    lambda content: decode.fit(decode.facts(content)[1], dedup.SIDE))
 
 
-def _images_path(kind, size, pixel_sha256, cache):
-    return cache / f"{kind}-{size}-{records.canonical_sha256([decode.VERSION, pixel_sha256])[:24]}.npy"
+def _images_path(kind, size, sha256, cache):
+    """Return where images are kept: by their files, as equal pixels in a PNG and a JPEG are not made smaller alike."""
+    return cache / f"{kind}-{size}-{records.canonical_sha256([decode.VERSION, sha256])[:24]}.npy"
 
 
 def _mapped(kind, size, manifest, cache_dir, squeeze):
-    path = _images_path(kind, size, manifest["pixel_sha256"].tolist(), cache_folder(cache_dir))
+    path = _images_path(kind, size, manifest["sha256"].tolist(), cache_folder(cache_dir))
     if not _intact(path):
         read = _reader(manifest["path"])
 

@@ -65,7 +65,11 @@ def page(name):
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        page(sys.argv[1]).launch(server_name="127.0.0.1", server_port=int((sys.argv[2:] or ["7860"])[0]))
+        try:
+            shown = page(sys.argv[1])
+        except (ImportError, ValueError, OSError) as error:
+            sys.exit(f"cxr: {error}")
+        shown.launch(server_name="127.0.0.1", server_port=int((sys.argv[2:] or ["7860"])[0]))
     else:
         trained, scored = phantom_model()
         print(f"Open {scored}\nOr drag images in: python -m cxr.demo {trained.stem}")

@@ -164,7 +164,8 @@ def patient_weights(y_true, patient_id, num_resamples, seed):
         sick, healthy = (pd.Series(np.asarray(patient_id)[rows]).nunique() for rows in (truth, ~truth))
         raise ValueError(f"Only {weight.shape[1]} of {num_resamples} resamples of patients hold both classes: {sick} "
                          f"patients with label 1 and {healthy} with label 0 are too few for an interval, which takes "
-                         f"{FEWEST} of each. A small set is better judged whole: python -m cxr evaluate.")
+                         f"{FEWEST} of each. Add films of others; python -m cxr evaluate judges a set whole, and "
+                         "python -m cxr predict scores single films.")
     return weight
 
 

@@ -24,12 +24,13 @@ from cxr.device import predict
 COLUMNS = ["file", "sha256", "probability", "calibrated_probability", "decision", "out_of_distribution", "warnings",
            "error"]
 CHUNK = 64
+DARK = 100  # grey level that the brightest place of every film of the published sets exceeds; 14 of 16 bits reach 64
 
 
 def find_files(paths, out=None):
-    """Return the files to score, sorted: those given, and every visible file below the folders given.
+    """Return the files to score, sorted: those given, and every visible file below the folders given, links too.
 
-    What an earlier call has written into `out` is left aside.
+    What an earlier call has written into `out` is left aside; a folder that cannot be opened stands for its files.
 
     Raises:
         FileNotFoundError: a path that does not exist, or nothing to score.
@@ -39,13 +40,18 @@ def find_files(paths, out=None):
     for path in map(pathlib.Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist. Give images (JPEG, PNG, DICOM …) or folders of them.")
-        inside = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        found += [file for file in inside if path == file or not (
-            any(part.startswith(".") for part in file.relative_to(path).parts)
-            or written & {file.resolve(), file.resolve().parent})]
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(pathlib.Path(here, name) for here, names in sources.walk(path, _visible)
+                            for name in (names if names is not None else [""]))
+        found += [file for file in inside if path == file or not written & {file.resolve(), file.resolve().parent}]
     if not found:
         raise FileNotFoundError(f"{', '.join(map(str, paths))}: no files in there.")
     return list(dict.fromkeys(found))
+
+
+def _visible(name):
+    return not name.startswith(".")
 
 
 def _read(file, size):
@@ -53,9 +59,7 @@ def _read(file, size):
 
     It is decoded for `size` px, as the images were that the network learnt from.
     """
-    if file.stat().st_size > data.MAX_BYTES:
-        raise ValueError(f"larger than {data.MAX_BYTES >> 20} MiB")
-    content = file.read_bytes()
+    content = data.read_file(file)
     if zipfile.is_zipfile(io.BytesIO(content)):
         raise ValueError("an archive: unpack it and give the folder")
     with data.memory_for(file):
@@ -102,6 +106,8 @@ def _picture_warnings(image, pixels, distance, about):
     else:
         lies = max(turned) > max(known["smallest_likeness"], upright + 0.15)
         found.append(rotated if lies else "not a frontal chest X-ray")
+    if small.std() >= 4 and small.max() < DARK:
+        found.append("dark: does the file use fewer bits than its format says? Save it stretched to all of them")
     if min(pixels.shape) < about["image_size"]:
         found.append(f"smaller than the {about['image_size']} px it was trained on")
     if distance > known["largest_distance"] and not found:

@@ -75,19 +75,16 @@ def _folder(folder):
     if len(tops) != 1:
         what = f"{len(tops)} sets ({', '.join(top.name for top in tops)})" if tops else "no split or class folder"
         raise FileNotFoundError(f"{folder} holds {what}. Expected {LAYOUT}; name one set, or join two with ':'.")
-    files, ignored, closed, above = [], {}, [], {}
-    for here, folders, names in os.walk(tops[0], followlinks=True, onerror=lambda error: closed.append(error.filename)):
-        place, over = os.path.realpath(here), above.get(os.path.dirname(here), frozenset())
-        if place in over:  # a link to a folder above itself, which would show its images without end
-            folders.clear()
+    files, ignored, closed = [], {}, []
+    for here, names in walk(tops[0], _wanted):
+        if names is None:
+            closed.append(here)
             continue
-        above[here] = over | {place}
-        folders[:] = sorted(filter(_wanted, folders))
         parts = pathlib.Path(here).relative_to(tops[0]).parts
         lower = [part.lower() for part in parts]
         split = next((SPLITS[part] for part in lower if part in SPLITS), "train")
         label = next((LABELS[part] for part in lower if part in LABELS), "")
-        images = [name for name in filter(_wanted, names) if _is_image(pathlib.Path(here, name))]
+        images = [name for name in names if _is_image(pathlib.Path(here, name))]
         if lower and (lower[0] in SPLITS or lower[0] in LABELS):
             files += [(printable("/".join([*parts, name])), os.path.join(here, name), split, label) for name in images]
         elif images:
@@ -97,6 +94,23 @@ def _folder(folder):
         raise FileNotFoundError(f"{folder}: its folders hold no images. Expected {LAYOUT}; copy the set again.")
     return files, {"source": folder.name, "root": str(tops[0]), "ignored": ignored,
                    "synthetic": (tops[0] / "phantom.json").is_file()}
+
+
+def walk(folder, wanted):
+    """Yield `(path, names of its files)` of a folder and of all below it, links too, where `wanted(name)` is true.
+
+    Folders that cannot be opened come last, with `None` for the names.
+    """
+    closed, above = [], {}
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: closed.append(error.filename)):
+        place, over = os.path.realpath(here), above.get(os.path.dirname(here), frozenset())
+        if place in over:  # a link to a folder above itself, which would show its images without end
+            folders.clear()
+            continue
+        above[here] = over | {place}
+        folders[:] = sorted(filter(wanted, folders))
+        yield here, list(filter(wanted, names))
+    yield from ((path, None) for path in closed)
 
 
 def _tops(folder, depth=3):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cxr import __main__ as command
-from cxr import audit, config, data, phantom, splits
+from cxr import audit, config, data, dedup, phantom, splits
 
 KNOBS = {"num_train": 60, "num_val": 8, "num_test": 30, "size": 128, "duplicates": 4, "near_duplicates": 3}
 
@@ -162,6 +162,26 @@ def test_unreadable_files_are_named_with_their_path(copied):
     assert verdicts(found)["readable files"] == "WARN"
     assert f"{folder / 'train' / 'NORMAL' / 'broken.jpeg'}: not an image" in table
     assert "Files left out (1)" in table
+
+
+def test_one_film_alone_is_no_reason_to_speak_of_small_ones(tmp_path):
+    write(tmp_path / "set" / "train" / "COVID19" / "1.png", phantom.render(0, "normal", size=128).image)
+    found = examine(tmp_path / "set", tmp_path / "cache")
+    assert found["near_duplicates"]["pairs"] == [] and verdicts(found)["near duplicates"] == "OK"
+
+
+def test_films_of_fewer_bits_than_their_files_hold_are_called_dark(copied):
+    folder, cache = copied
+    assert "dark images" not in verdicts(examine(folder, cache))
+    for path in folder.glob("test/NORMAL/*.jpeg"):
+        cv2.imwrite(str(path), cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) // 4)
+    found = examine(folder, cache)
+    assert verdicts(found)["dark images"] == "WARN" and found["dark"] == found["classes"]["test"]["NORMAL"]
+
+
+def test_two_phantoms_of_one_patient_are_no_near_duplicates(written):
+    scores = [score for *_, score in examine(*written[::2])["near_duplicates"]["pairs"]]
+    assert len(scores) == 3 and min(scores) >= dedup.SAME_PHANTOM, "the planted copies and nothing else"
 
 
 def test_a_small_folder_called_like_a_known_set_gets_a_warning_only(copied):

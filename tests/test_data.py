@@ -419,6 +419,22 @@ def test_the_orientation_tag_is_obeyed_by_both_decoders():
     close(jpeg + b"trailing bytes that send the file to Pillow" * 3, expected, 8)
 
 
+def test_the_pixels_of_a_film_do_not_depend_on_what_was_loaded_before(tmp_path):
+    content = encoded(cv2.resize(picture(0, 80, 80), (802, 802)), "JPEG", quality=90)
+    png = encoded(decode.decode(content))
+    for name, some in (("jpeg", content), ("png", png)):
+        for label in ("NORMAL", "PNEUMONIA"):
+            folder = tmp_path / name / label
+            folder.mkdir(parents=True)
+            (folder / f"1.{name}").write_bytes(some)
+    first, second = (data.load_manifest(tmp_path / name, cache_dir=tmp_path / "cache") for name in ("jpeg", "png"))
+    assert set(first["pixel_sha256"]) == set(second["pixel_sha256"])
+    data.load_images(first, 160, cache_dir=tmp_path / "cache")
+    loaded = data.load_images(second, 160, cache_dir=tmp_path / "cache")
+    np.testing.assert_array_equal(loaded[0], decode.fit(decode.decode(png, size=160), 160))
+    assert (loaded[0] != decode.fit(decode.decode(content, size=160), 160)).any(), "a JPEG this large is made smaller"
+
+
 def test_a_large_jpeg_is_decoded_smaller_but_with_room_to_spare():
     content = encoded(cv2.resize(picture(0, 80, 100), (2000, 1600)), "JPEG")
     assert decode.decode(content).shape == (1600, 2000)
@@ -427,6 +443,13 @@ def test_a_large_jpeg_is_decoded_smaller_but_with_room_to_spare():
     assert decode.decode(content, size=641).shape == (1600, 2000)
     fine, fast = (decode.fit(decode.decode(content, size=size), 320).astype(int) for size in (None, 320))
     assert np.abs(fine - fast).mean() < 1
+
+
+@pytest.mark.parametrize("side", [800, 801, 802, 803])
+def test_a_jpeg_whose_sides_do_not_divide_is_not_shifted_by_being_decoded_smaller(side):
+    content = encoded(cv2.resize(picture(0, 80, 80), (side, side), interpolation=cv2.INTER_NEAREST), "JPEG", quality=95)
+    fine, fast = (decode.fit(decode.decode(content, size=size), 160).astype(int) for size in (None, 160))
+    assert np.abs(fine - fast).mean() < 1.5
 
 
 def test_fit_squeezes_or_letterboxes():
@@ -447,21 +470,23 @@ def test_facts_see_blur_and_size_but_not_the_container():
     np.testing.assert_array_equal(film, decode.fit(image, 224))
 
 
-@pytest.mark.parametrize("height, width", [(897, 896), (971, 1328), (1793, 1792), (2000, 1795)])
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("height, width", [(897, 896), (900, 1200), (971, 1328), (1793, 1792), (2000, 1795)])
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
 def test_facts_of_a_large_jpeg_are_told_from_a_smaller_one(height, width, orientation):
     grey = cv2.GaussianBlur(picture(0, height, width), (0, 0), 12)
     exif = PIL.Image.Exif()
-    exif[PIL.ExifTags.Base.Orientation] = orientation
-    content = encoded(grey, "JPEG", quality=90, exif=exif)
+    exif[PIL.ExifTags.Base.Orientation] = orientation or 1
+    options = {"quality": 90} | ({"exif": exif} if orientation else {})
+    content = encoded(grey, "JPEG", **options)
     whole = decode.decode(content)
     facts, film = decode.facts(content)
-    assert decode.decode(content, size=358).size < whole.size, "nothing was saved"
+    smaller = decode.decode(content, size=358).size < whole.size
+    assert smaller == (orientation is None or height % 4 == width % 4 == 0), "saved where no edge is in the way"
     assert (facts["height"], facts["width"]) == whole.shape
     assert facts["mean_grey"] == pytest.approx(whole.mean(), abs=0.2)
     assert np.abs(film.astype(float) - decode.fit(whole, 224)).mean() < 1
     assert facts["blur"] == pytest.approx(decode.facts(encoded(whole))[0]["blur"], rel=0.01), "as sharp as whole"
-    other = encoded(np.flipud(grey), "JPEG", quality=90, exif=exif)
+    other = encoded(np.flipud(grey), "JPEG", **options)
     assert decode.facts(other)[0]["pixel_sha256"] != facts["pixel_sha256"]
 
 
@@ -511,6 +536,16 @@ def test_dicom_window():
     np.testing.assert_allclose(wide, picture(), atol=1)
     assert (narrow[picture() < 100] == 0).all()
     assert (narrow[picture() > 160] == 255).all()
+
+
+@pytest.mark.parametrize("empty", ["RescaleSlope", "RescaleIntercept", "VOILUTSequence", "ModalityLUTSequence",
+                                   "VOILUTFunction", "WindowCenter", "WindowWidth"])
+def test_dicom_element_that_is_empty_is_as_good_as_absent(empty):
+    value = [] if empty.endswith("Sequence") else None
+    window = {"WindowCenter": "2048", "WindowWidth": "4096"} | {empty: value}
+    close(dicom(TWELVE, **window), picture(), 1)
+    turned = {"RescaleSlope": "-1", "RescaleIntercept": "4095", "WindowCenter": None, "WindowWidth": None}
+    close(dicom(TWELVE, **turned), 255 - picture().astype(int), 1)
 
 
 @pytest.mark.parametrize("tags", [{"WindowCenter": float("nan"), "WindowWidth": 400}, {"RescaleSlope": float("nan")},

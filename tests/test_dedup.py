@@ -83,6 +83,22 @@ def test_pairs_come_best_first_and_name_rows_in_order():
     assert [pair[2] for pair in pairs] == sorted((pair[2] for pair in pairs), reverse=True)
 
 
+@pytest.mark.parametrize("order", [range(PATIENTS + 4)[::-1], np.random.default_rng(0).permutation(PATIENTS + 4)])
+def test_pairs_do_not_depend_on_the_order_of_the_files(order):
+    images = np.stack([*films(), *(ALTERED[how](films()[row]) for row, how in enumerate(list(ALTERED)[-4:]))])
+    again = [(*sorted((int(order[i]), int(order[j]))), score) for i, j, score in dedup.near_pairs(images[order])]
+    assert sorted(again) == sorted(dedup.near_pairs(images)) and len(again) == 4
+
+
+@pytest.mark.parametrize("many", [3, 5, 8])
+def test_many_copies_of_each_of_two_versions_do_not_hide_that_they_are_one_film(many):
+    first, second = films()[0], ALTERED["cropped"](films()[0])
+    copies = [cv2.imdecode(cv2.imencode(".jpg", version, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], 0)
+              for version in (first, second) for quality in range(95, 95 - many * 4, -4)]
+    found = dedup.near_pairs(np.stack([*copies, *films()[1:]]))
+    assert any(i < many <= j < 2 * many for i, j, _ in found) and all(j < 2 * many for _, j, _ in found)
+
+
 @pytest.mark.parametrize("images", [np.zeros((0, 224, 224), np.uint8), np.zeros((1, 224, 224), np.uint8),
                                     np.zeros((3, 224, 224), np.uint8), np.full((2, 224, 224), 255, np.uint8)])
 def test_empty_and_flat_images_are_nobody(images):

@@ -67,6 +67,15 @@ def test_as_many_notebooks_side_by_side_as_a_gpu_has_room_for(tmp_path, card, jo
     assert shown.stdout.split() == [str(jobs)]
 
 
+@pytest.mark.parametrize(("call", "says"), [(["-n", "reproduce", "NOTEBOOKS=02 99"], "No notebook matches 99"),
+                                            (["-n", "reproduce", "NOTEBOOKS=1"], "No notebook matches 1"),
+                                            (["-o", ".venv/.ready", "publish"], "A full run is what is published")])
+def test_make_refuses_what_it_could_only_do_in_part(call, says):
+    environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
+    shown = subprocess.run(["make", *call], cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
+    assert shown.returncode == 2 and says in shown.stderr
+
+
 def test_one_checked_cell_with_an_output_to_compare(cells):
     checked = tagged(cells, "nbval-check-output")
     assert checked, "no cell is compared by nbval"

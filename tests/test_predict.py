@@ -144,6 +144,41 @@ def test_names_headers_and_folders_that_are_odd_stop_nothing(lab, films, tmp_pat
     assert predict.find_files([films / "good0.jpeg"], films) == [films / "good0.jpeg"]
 
 
+def test_links_are_followed_and_what_cannot_be_opened_has_a_line(lab, films, tmp_path, monkeypatch):
+    folder, elsewhere = tmp_path / "mine", tmp_path / "elsewhere"
+    for place, name in ((folder, "a.jpeg"), (elsewhere, "b.jpeg"), (folder / "closed", "c.jpeg")):
+        place.mkdir()
+        (place / name).write_bytes((films / "good0.jpeg").read_bytes())
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "linked" / "above").symlink_to(folder)
+    (folder / "nothing.jpeg").symlink_to(tmp_path / "gone")
+    os.mkfifo(folder / "pipe")
+    scan = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # who tests as root can open any folder
+    files = predict.find_files([folder])
+    assert [str(file.relative_to(folder)) for file in files] == ["a.jpeg", "closed", "linked/b.jpeg", "nothing.jpeg",
+                                                                 "pipe"]
+    table = predict.score_files(files, *deploy.load(lab[2]), tmp_path / "out")
+    assert table["error"].ne("").tolist() == [False, True, False, True, True]
+    assert "cannot be opened" in table["error"][1] and "regular" in table["error"][4]
+
+
+def test_a_film_of_fewer_bits_than_its_file_holds_is_called_dark(lab, films, tmp_path):
+    film = cv2.imread(str(films / "good0.jpeg"), cv2.IMREAD_GRAYSCALE).astype(np.uint16)
+    folder = tmp_path / "bits"
+    folder.mkdir()
+    for bits in (14, 16):
+        cv2.imwrite(str(folder / f"{bits}.png"), film * 257 >> (16 - bits))
+    table = predict.score_files(predict.find_files([folder]), *deploy.load(lab[2]), tmp_path / "out")
+    assert table["warnings"].str.contains("dark: ").tolist() == [True, False]
+
+
 def test_a_killed_run_goes_on_without_scoring_again(lab, films, tmp_path, monkeypatch):
     model, about = deploy.load(lab[2])
     files, out = predict.find_files([films]), tmp_path / "out"

@@ -175,6 +175,14 @@ def test_runs_folder_is_the_one_the_makefile_uses(source, name):
     assert shown.stdout.strip() == f"runs/full-{name}"
 
 
+@pytest.mark.parametrize("number", [{"num_seeds": 0}, {"epochs": 1.5}, {"epochs": 0}, {"seed": "x"}, {"seed": -1},
+                                    {"image_size": 4}])
+def test_a_parameter_that_is_no_such_number_is_named(number):
+    (name, value), = number.items()
+    with pytest.raises(ValueError, match=f"{name.upper()} is {value!r}; expected a whole number"):
+        config.start("02_test", **number)
+
+
 def test_unknown_profile_is_named():
     with pytest.raises(ValueError, match="PROFILE is 'quick'"):
         config.start("02_test", profile="quick")
