@@ -59,14 +59,17 @@ help:  ## list the verbs
 	@echo "A chest X-ray lab for research and teaching, not for diagnosis."
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-setup: $(READY)  ## create .venv with everything (GPU=1: with CUDA)
+setup: $(READY)  ## create .venv with everything (GPU=1: with CUDA; KERAS_BACKEND=jax: JAX in place of TensorFlow)
 
-$(READY): requirements.txt requirements-dev.txt
+# A .venv that is there already is filled up, so that one made with --system-site-packages keeps the JAX of its machine.
+$(READY): requirements.txt requirements-dev.txt requirements-jax.txt
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "Python 3.11 to 3.13 is needed and $$($(BASE_PYTHON) --version) was found; try make BASE_PYTHON=python3.12 …" >&2; exit 2; }
-	$(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip --version > /dev/null 2>&1 || $(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
-	$(PYTHON) -m pip install --quiet -r requirements-dev.txt $(if $(GPU),'tensorflow[and-cuda]')
+	$(PYTHON) -m pip install --quiet $(if $(filter jax,$(KERAS_BACKEND)), \
+	  -r <(grep -hvE '^(-r|tensorflow)' requirements.txt requirements-dev.txt requirements-jax.txt) $(if $(GPU),'jax[cuda12]'), \
+	  -r requirements-dev.txt $(if $(GPU),'tensorflow[and-cuda]'))
 	$(PYTHON) -m pip install --quiet --no-deps --editable .
 	@touch $@
 

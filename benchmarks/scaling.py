@@ -2,7 +2,8 @@
 
 Rates come from the other benchmarks and from the `seconds` of the published records (their median seed). What neither
 holds is measured here in seconds of processors, which other processes on the machine hardly change: the search for near
-duplicates, PNG files, a step of ResNet18, and the arithmetic of each network.
+duplicates, PNG files, a step of ResNet18, and the arithmetic of each network. What a step costs besides arithmetic is
+measured by `steps.py`.
 
     python benchmarks/scaling.py [--films 100] [--steps 2]     # measures, then writes the tables
     python benchmarks/scaling.py --tables                      # only writes them
@@ -32,7 +33,7 @@ HEADLINE, SEEDS, EPOCHS = "mobilenet_v2 full with aspect jitter, 16 epochs", 5, 
 # Assumptions, not measurements.
 CORES, CORE_HOUR, GPU_HOUR, GIGABYTE_MONTH = 32, 0.05, 4.00, 0.10  # of a rented machine; US dollars
 PEAK, SHARE = 989e12, 0.10  # dense bfloat16 FLOP/s of an H200 by its data sheet, and what small networks get of it
-STEP, COMPILE = 0.004, 20  # seconds that a step takes however small; a compilation, an epoch's last batch included
+STEP = 0.004  # seconds that a card takes for a step however small; what the host takes for one is measured
 
 # (notebook, network, px, epochs, images an epoch, batch, runs, compilations) of the full profile on one GPU; see the
 # notebooks. Runs that differ in seed, data, mixing or length alone share a compiled step (`device.compiled_once`). A
@@ -209,10 +210,20 @@ def work():
             for notebook, name, size, epochs, images, batch, runs, compilations in WORK]
 
 
-def minutes(compilations, steps, operations):
-    """Return what a GPU would spend on some work: dict part → minutes."""
-    return {"arithmetic": operations / (PEAK * SHARE) / 60, "steps": steps * STEP / 60,
-            "compiling": compilations * COMPILE / 60}
+def minutes(rows):
+    """Return what some rows of `work` would take on a GPU: dict part → minutes.
+
+    Steps take `STEP` each, or what `steps.py` has measured of their host's part where that is longer.
+    """
+    measured = json.loads((RESULTS / "steps.json").read_text())["networks"]
+    spent = {"arithmetic": 0, "steps": 0, "of these by the host at least": 0, "compiling": 0}
+    for _, name, size, _, compilations, steps, _, operations in rows:
+        about = measured[f"{name} {size}"]
+        host = about["host_milliseconds"] / 1e3
+        for part, seconds in zip(spent, (operations / (PEAK * SHARE), steps * max(STEP, host), steps * host,
+                                         compilations * about["compile_seconds"]), strict=True):
+            spent[part] += seconds / 60
+    return spent
 
 
 def table(head, rows):
@@ -235,9 +246,9 @@ def tables():
     spent = {name: hours(about, rate) for name, about in SETS.items()}
     wanted = {name: needs(about, spent[name]) for name, about in SETS.items()}
     runs, compilations, steps, passes, total = (sum(row[place] for row in rows) for place in range(3, 8))
-    alone = {}
-    for notebook, *_, compiled, some, _, operations in rows:
-        alone[notebook] = alone.get(notebook, 0) + sum(minutes(compiled, some, operations).values())
+    measured = json.loads((RESULTS / "steps.json").read_text())["networks"]
+    alone = {notebook: minutes([row for row in rows if row[0] == notebook]) for notebook, *_ in rows}
+    alone = {notebook: spent["arithmetic"] + spent["steps"] + spent["compiling"] for notebook, spent in alone.items()}
     longest = max(alone, key=alone.get)
     first = next(iter(spent.values()))
     return "\n\n".join([
@@ -249,12 +260,14 @@ def tables():
         "### Memory, disk, money", table(["what", *SETS], [(what, *(wanted[name][what] for name in SETS))
                                                           for what in next(iter(wanted.values()))]),
         "### The work of the full profile", table(
-            ["notebook", "network", "runs", "compilations", "steps", "image passes", "PFLOP"],
-            [(notebook, f"{name}, {size} px", *rest, f"{steps:,}", f"{passes:,}", number(total / 1e15))
+            ["notebook", "network", "runs", "compilations", "steps", "image passes", "PFLOP", "s to compile, measured",
+             "ms of the host a step, measured"],
+            [(notebook, f"{name}, {size} px", *rest, f"{steps:,}", f"{passes:,}", number(total / 1e15),
+              *(number(value) for value in measured[f"{name} {size}"].values()))
              for notebook, name, size, *rest, steps, passes, total in rows]
-            + [("all", "", runs, compilations, f"{steps:,}", f"{passes:,}", number(total / 1e15))]),
-        "**Estimate, not measured**, for one H200-class GPU, one run after another: " + ", ".join(
-            f"{name} {value:.0f} min" for name, value in minutes(compilations, steps, total).items())
+            + [("all", "", runs, compilations, f"{steps:,}", f"{passes:,}", number(total / 1e15), "", "")]),
+        "**Estimate, not measured on a card**, for one H200-class GPU, one run after another: " + ", ".join(
+            f"{name} {value:.0f} min" for name, value in minutes(rows).items())
         + f". Side by side, the longest notebook, {longest}, takes {alone[longest]:.0f} min of that."])
 
 
