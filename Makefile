@@ -31,6 +31,10 @@ JOBS ?= $(firstword $(shell printf '%s\n' 4 $(CORES) $(ROOM) | sort -n))
 export TF_FORCE_GPU_ALLOW_GROWTH ?= true
 export XLA_PYTHON_CLIENT_PREALLOCATE ?= false
 MAKEFLAGS += --jobs=$(JOBS)
+# What XLA compiles for a card, for as long as a training there, is kept for the next call.
+ifneq ($(ROOM),)
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/runs/cache/jax
+endif
 
 VENV := .venv
 READY := $(VENV)/.ready

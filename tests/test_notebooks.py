@@ -61,10 +61,24 @@ def test_as_many_notebooks_side_by_side_as_a_gpu_has_room_for(tmp_path, card, jo
     command.write_text(f"#!/bin/sh\necho '{card}'\n")
     command.chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name not in ("JOBS", "MAKEFLAGS")}
-    shown = subprocess.run(["make", "-s", "--eval", "show: ; @echo $(JOBS)", "show", "CORES=16"], cwd=ROOT, text=True,
-                           env=environment | {"PATH": f"{tmp_path}:{environment['PATH']}"}, capture_output=True,
-                           check=True)
-    assert shown.stdout.split() == [str(jobs)]
+    rule = "show: ; @echo $(JOBS) $${JAX_COMPILATION_CACHE_DIR-none}"
+    shown = subprocess.run(["make", "-s", "--eval", rule, "show", "CORES=16"], cwd=ROOT, text=True, check=True,
+                           env=environment | {"PATH": f"{tmp_path}:{environment['PATH']}"}, capture_output=True)
+    assert shown.stdout.split() == [str(jobs), str(ROOT / "runs/cache/jax")]
+
+
+@pytest.mark.parametrize(("backend", "has", "lacks"), [("jax", "jax", "tensorflow"), ("tensorflow", "tensorflow", "jax")])
+def test_the_environment_holds_the_backend_that_is_asked_for(backend, has, lacks):
+    """What pip would be given, with the files that it names: `make` prints its commands, and bash reads the files."""
+    shown = subprocess.run(["make", "-n", "-W", "requirements.txt", "setup", f"KERAS_BACKEND={backend}"], cwd=ROOT,
+                           text=True, capture_output=True, check=True).stdout.replace("\\\n", " ")
+    command = next(line for line in shown.splitlines() if "-m pip" in line and " -r " in line)
+    program = "pip() { while [ $# -gt 0 ]; do [ \"$1\" = -r ] && cat \"$2\" && shift; shift; done; }; "
+    listed = subprocess.run(["bash", "-c", program + "pip " + command.partition("--quiet")[2]], cwd=ROOT, text=True,
+                            capture_output=True, check=True).stdout
+    wanted = listed + (ROOT / "requirements.txt").read_text() * ("-r requirements.txt" in listed)
+    names = {line.partition(">")[0] for line in wanted.splitlines()}
+    assert {has, "keras", "papermill", "pytest"} <= names and lacks not in names
 
 
 @pytest.mark.parametrize(("call", "says"), [(["-n", "reproduce", "NOTEBOOKS=02 99"], "No notebook matches 99"),
