@@ -147,10 +147,11 @@ demo: $(READY)  ## train a small model on phantoms and score a few of them: a pa
 	$(PYTHON) -m cxr.demo
 
 # The plan of docs/scaling.md is made of what the others measured: last.
-bench: $(READY)  ## run every benchmark: both sides in one go, ratios (needs torch, imagededup, JAX)
+bench: $(READY)  ## run every benchmark, on one machine in one go (needs torch, imagededup, JAX; DATA=folder: audits that set)
 	@$(PYTHON) -c 'import torch, imagededup, jax' || \
 	  { echo "The other sides are missing: pip install torch==2.13.0 imagededup -r requirements-jax.txt" >&2; exit 2; }
-	for script in $(filter-out %/scaling.py,$(wildcard benchmarks/*.py)) benchmarks/scaling.py; do $(PYTHON) $$script; done
+	for script in $(filter-out %/scaling.py,$(wildcard benchmarks/*.py)) benchmarks/scaling.py; do \
+	  $(PYTHON) $$script $$([ $$script != benchmarks/audit.py ] || echo $(wildcard $(DATA))); done
 
 # Without parameters papermill adds no cell: the outputs committed are those of the defaults, smoke on the phantom.
 notebooks: $(READY)  ## refresh the committed outputs from the smoke run
