@@ -193,6 +193,11 @@ class Run:
         """Whether the images are phantoms, which every caption then says."""
         return bool(self.manifest.attrs["synthetic"])
 
+    @property
+    def predictable(self):
+        """Whether outcomes are known beforehand and may be asserted: of phantoms, at the size and length designed."""
+        return self.synthetic and self.profile.image_size is None and self.profile.epochs is None
+
     def images(self, size, *, letterbox=False):
         """Return the images as uint8 `(n, size, size)` in the manifest's order, decoded once and memory-mapped."""
         from cxr import data

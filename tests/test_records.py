@@ -45,6 +45,14 @@ def scores(run, seed=0):
     )
 
 
+def test_outcomes_are_asserted_of_phantoms_as_designed_alone(run):
+    assert run.predictable
+    for change in ({"epochs": 1}, {"image_size": 32}):
+        assert not dataclasses.replace(run, profile=dataclasses.replace(run.profile, **change)).predictable
+    run.manifest.attrs["synthetic"] = False
+    assert not run.predictable
+
+
 def test_record_holds_the_contract_and_its_numbers_come_from_the_file(run):
     record = run.save("seed recipe", {"image_size": 8, "weights": None}, 0, scores(run), seconds={"train": 1.0})
     digits = records.canonical_sha256(

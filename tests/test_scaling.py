@@ -33,6 +33,14 @@ def test_importing_it_costs_no_keras():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "benchmarks")
 
 
+def test_all_results_are_of_one_machine():
+    """`make bench` makes them in one go; a ratio from another processor would not belong into the same table."""
+    machines = [json.loads(path.read_text())["machine"] for path in scaling.RESULTS.glob("*.json")]
+    assert len(machines) == 9
+    for fact in ("cpu", "cores", "python", "keras", "numpy", "opencv"):
+        assert len({machine[fact] for machine in machines}) == 1, fact
+
+
 def test_the_readme_shows_the_ratios_of_the_results():
     results = {path.stem: json.loads(path.read_text()) for path in scaling.RESULTS.glob("*.json")}
     gans, decode = results["gan"]["gans"], results["decode"]["times_as_fast_as"]
