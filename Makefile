@@ -148,7 +148,7 @@ demo: $(READY)  ## train a small model on phantoms and score a few of them: a pa
 
 # The plan of docs/scaling.md is made of what the others measured: last.
 bench: $(READY)  ## run every benchmark, on one machine in one go (needs torch, imagededup, JAX; DATA=folder: audits that set)
-	@$(PYTHON) -c 'import torch, imagededup, jax' || \
+	@$(PYTHON) -c 'import torch, jax, importlib.util; assert importlib.util.find_spec("imagededup")' || \
 	  { echo "The other sides are missing: pip install torch==2.13.0 imagededup -r requirements-jax.txt" >&2; exit 2; }
 	for script in $(filter-out %/scaling.py,$(wildcard benchmarks/*.py)) benchmarks/scaling.py; do \
 	  $(PYTHON) $$script $$([ $$script != benchmarks/audit.py ] || echo $(wildcard $(DATA))); done

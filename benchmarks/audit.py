@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+import unittest.mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -72,8 +73,18 @@ def ours(folder):
     return {"audit": (seconds, {frozenset(pair) for pair in exact} | {frozenset(pair[:2]) for pair in near})}
 
 
+def without_torchvision():
+    """Let imagededup be imported where torchvision cannot: its wheel asks for CUDA, torch's for processors has none."""
+    try:
+        import torchvision  # noqa: F401  its neural hashes use it, the perceptual one does not
+    except (ImportError, RuntimeError):
+        for name in ("torchvision", "torchvision.models", "torchvision.transforms"):
+            sys.modules[name] = unittest.mock.MagicMock()
+
+
 def theirs(folder):
     """Return of each distance the seconds of imagededup's perceptual hash and its pairs, as sets of two paths."""
+    without_torchvision()
     from imagededup.methods import PHash
 
     read(folder)
