@@ -78,8 +78,8 @@ def without_torchvision():
     try:
         import torchvision  # noqa: F401  its neural hashes use it, the perceptual one does not
     except (ImportError, RuntimeError):
-        for name in ("torchvision", "torchvision.models", "torchvision.transforms"):
-            sys.modules[name] = unittest.mock.MagicMock()
+        for name in ("", ".models", ".models.vision_transformer", ".transforms"):
+            sys.modules[f"torchvision{name}"] = unittest.mock.MagicMock()
 
 
 def theirs(folder):
