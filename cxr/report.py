@@ -58,7 +58,7 @@ def _named(results_dir):
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def markdown_table(rows, *, most=3):
+def markdown_table(rows, *, most=6):
     """Return `table` as a markdown table; of a notebook with many variants its reference and the best on validation."""
     parts = []
     for _, part in rows.groupby(rows["notebook"].where(rows["purpose"] != "baseline", ""), sort=True):
