@@ -2,9 +2,9 @@
 
 On a card, networks as small as these wait for the host: for XLA to compile their step, and for Python to draw the batch
 and hand the step over. Both happen on the processor and are measured there, for each network of the full profile
-(`scaling.WORK`) at its size, built and augmented as the notebooks do. An epoch's last batch has a shape of its own, which
-is compiled too and counted. For the host's part the compiled step is replaced by one that takes the same arguments and
-gives them back: what is left of `fit` from one batch to the next is drawing 32 images, Keras, and the call.
+(`scaling.WORK`) at its size, built and augmented as the notebooks do. An epoch's last batch has a shape of its own; it
+is compiled too, and counted. For the host's part the compiled step is replaced by one that takes the same arguments
+and gives them back: what is left of `fit` from one batch to the next is drawing 32 images, Keras, and the call.
 
     pip install -r requirements-jax.txt
     python benchmarks/steps.py [--few 5] [--many 45]
@@ -81,7 +81,8 @@ def measure(name, size, options):
     model, batches = ready(name, size, images)
     first, again = (seconds(model, batches(10, 4)) for _ in range(2))  # two batches and a half
     idle(model)
-    few, few, many = (seconds(model, batches(BATCH * steps, BATCH)) for steps in (options.few, options.few, options.many))
+    lengths = options.few, options.few, options.many  # the first compiles
+    _, few, many = (seconds(model, batches(BATCH * steps, BATCH)) for steps in lengths)
     return {"compile_seconds": round(first - again, 1),
             "host_milliseconds": round(1e3 * (many - few) / (options.many - options.few), 2)}
 

@@ -67,7 +67,8 @@ def test_as_many_notebooks_side_by_side_as_a_gpu_has_room_for(tmp_path, card, jo
     assert shown.stdout.split() == [str(jobs), str(ROOT / "runs/cache/jax")]
 
 
-@pytest.mark.parametrize(("backend", "has", "lacks"), [("jax", "jax", "tensorflow"), ("tensorflow", "tensorflow", "jax")])
+@pytest.mark.parametrize(("backend", "has", "lacks"),
+                         [("jax", "jax", "tensorflow"), ("tensorflow", "tensorflow", "jax")])
 def test_the_environment_holds_the_backend_that_is_asked_for(backend, has, lacks):
     """What pip would be given, with the files that it names: `make` prints its commands, and bash reads the files."""
     shown = subprocess.run(["make", "-n", "-W", "requirements.txt", "setup", f"KERAS_BACKEND={backend}"], cwd=ROOT,
