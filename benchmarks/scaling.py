@@ -211,12 +211,11 @@ def work():
             for notebook, name, size, epochs, images, batch, runs, compilations in WORK]
 
 
-def minutes(rows):
+def minutes(rows, measured):
     """Return what some rows of `work` would take on a GPU: dict part → minutes.
 
-    Steps take `STEP` each, or what `steps.py` has measured of their host's part where that is longer.
+    Steps take `STEP` each, or their host's part where that is longer; `measured` is what `steps.py` found, by network.
     """
-    measured = json.loads((RESULTS / "steps.json").read_text())["networks"]
     spent = {"arithmetic": 0, "steps": 0, "of these by the host at least": 0, "compiling": 0}
     for _, name, size, _, compilations, steps, _, operations in rows:
         about = measured[f"{name} {size}"]
@@ -248,7 +247,7 @@ def tables():
     wanted = {name: needs(about, spent[name]) for name, about in SETS.items()}
     runs, compilations, steps, passes, total = (sum(row[place] for row in rows) for place in range(3, 8))
     measured = json.loads((RESULTS / "steps.json").read_text())["networks"]
-    alone = {notebook: minutes([row for row in rows if row[0] == notebook]) for notebook, *_ in rows}
+    alone = {notebook: minutes([row for row in rows if row[0] == notebook], measured) for notebook, *_ in rows}
     alone = {notebook: spent["arithmetic"] + spent["steps"] + spent["compiling"] for notebook, spent in alone.items()}
     longest = max(alone, key=alone.get)
     first = next(iter(spent.values()))
@@ -268,7 +267,7 @@ def tables():
              for notebook, name, size, *rest, steps, passes, total in rows]
             + [("all", "", runs, compilations, f"{steps:,}", f"{passes:,}", number(total / 1e15), "", "")]),
         "**Estimate, not measured on a card**, for one H200-class GPU, one run after another: " + ", ".join(
-            f"{name} {value:.0f} min" for name, value in minutes(rows).items())
+            f"{name} {value:.0f} min" for name, value in minutes(rows, measured).items())
         + f". Side by side, the longest notebook, {longest}, takes {alone[longest]:.0f} min of that."])
 
 
